@@ -1,0 +1,145 @@
+"""CollectorDataModule: a TorchRL collector streams on-policy rollouts; evaluation environments stand beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse.typing import PositiveInt
+
+from .dataset import DistilledDataset
+from .envs import Backend, ConfigError, env_spec, make_env, stream_seed
+from .evaluation import Evaluation, Evaluator
+from .learners import LearnerFamily
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+    from torchrl.collectors import Collector
+
+Stage = Literal["validate", "test"]
+
+
+class CollectorDataModule(L.LightningDataModule):
+    """Streams rollouts of the module's own policies; one epoch is the whole run.
+
+    Args:
+        env: Gymnasium id, or class path of a TorchRL environment.
+        env_kwargs: arguments the environment is made with.
+        env_steps: environment steps of the whole run, over all processes.
+        num_envs: environments stepped together, in each process.
+        rollout_length: T, steps of each environment in one rollout.
+        backend: who simulates, see :func:`lightning_distill.envs.make_env`.
+        threads: simulator threads; default: one per core.
+        val_learners: fresh learners at each validation. test_learners: fresh learners in the final evaluation.
+        episodes: whole episodes of each of them.
+    """
+
+    def __init__(
+        self,
+        env: str,
+        env_kwargs: dict[str, Any] | None = None,
+        env_steps: PositiveInt = 1_000_000,
+        num_envs: PositiveInt = 32,
+        rollout_length: PositiveInt = 200,
+        backend: Backend = "auto",
+        threads: PositiveInt | None = None,
+        val_learners: PositiveInt = 16,
+        test_learners: PositiveInt = 100,
+        episodes: PositiveInt = 1,
+    ) -> None:
+        super().__init__()
+        self.spec = env_spec(env, env_kwargs)
+        self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
+        self.backend, self.threads = backend, threads or os.cpu_count() or 1
+        self.learners = {"validate": val_learners, "test": test_learners}
+        self.episodes = episodes
+        self._rollouts: Rollouts | None = None
+        self._evaluators: dict[str, Evaluator] = {}
+
+    def setup(self, stage: str) -> None:
+        learners = self.trainer.lightning_module.learners
+        if stage == "fit" and self.num_envs % learners:
+            raise ConfigError(
+                f"data.num_envs={self.num_envs}: allowed are multiples of model.learners={learners}, "
+                "so that every learner acts in as many environments"
+            )
+
+    def train_dataloader(self) -> Rollouts:
+        frames = self.num_envs * self.rollout_length * self.trainer.world_size
+        self._rollouts = Rollouts(self, max(1, round(self.env_steps / frames)))
+        return self._rollouts
+
+    def val_dataloader(self) -> range:
+        return range(1)
+
+    def test_dataloader(self) -> range:
+        return range(1)
+
+    def evaluate(
+        self, dataset: DistilledDataset, family: LearnerFamily, stage: Stage, greedy: bool = False
+    ) -> Evaluation:
+        """Returns of fresh learners of a family; validation and test differ in their number and in their seeds."""
+        if stage not in self._evaluators:
+            device = self.trainer.lightning_module.device
+            learners = 2 if self.trainer.fast_dev_run else self.learners[stage]
+            self._evaluators[stage] = Evaluator(self.spec, learners, self.episodes, self.backend, self.threads, device)
+        return self._evaluators[stage](dataset, family, greedy, seed=["validate", "test"].index(stage))
+
+    def teardown(self, stage: str) -> None:
+        if self._rollouts is not None:
+            self._rollouts.close()
+        for evaluator in self._evaluators.values():
+            evaluator.close()
+        self._evaluators = {}
+
+
+class Rollouts:
+    """An iterable of on-policy rollouts [N, T]: learners are drawn, then act, then the rollout is handed out.
+
+    It has a length, so that Lightning fetches no rollout ahead of the update before it.
+    """
+
+    def __init__(self, data: CollectorDataModule, length: int) -> None:
+        self.data, self.length = data, length
+        self.collector: Collector | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        from torchrl.collectors import Collector
+
+        data, module = self.data, self.data.trainer.lightning_module
+        # Environments start anew at each (re)start of a run, from a seed of their own for each process and moment.
+        seed = stream_seed(module.seed, module.global_rank, int(module.env_steps), 3)
+        env = make_env(data.spec, data.num_envs, seed, data.backend, data.threads, module.device)
+        module.begin_rollout()  # the collector tries the policy once when it is made
+        self.collector = Collector(
+            env,
+            module.act,
+            frames_per_batch=data.num_envs * data.rollout_length,
+            total_frames=-1,
+            policy_device=module.device,
+            env_device=env.device,
+            storing_device=module.device,
+            trust_policy=True,
+            track_traj_ids=False,
+            use_buffers=False,
+        )
+        try:
+            rollouts = iter(self.collector)
+            for _ in range(self.length):
+                module.begin_rollout()
+                with torch.no_grad():
+                    rollout = next(rollouts)
+                yield rollout
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self.collector is not None:
+            self.collector.shutdown()
+            self.collector = None

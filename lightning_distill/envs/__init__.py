@@ -1,0 +1,186 @@
+"""One way to make any environment: ``make_env`` for stepping, ``env_spec`` for its shapes.
+
+Importing this package is cheap; simulators and TorchRL are imported when an environment is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from .spec import ConfigError, EnvSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torchrl.envs import EnvBase
+
+__all__ = ["Backend", "ConfigError", "EnvSpec", "env_spec", "make_env", "stream_seed"]
+
+Backend = Literal["auto", "gymnasium", "processes", "envpool"]
+
+#: Seeds of evaluation start here and never meet those of training, which end below.
+EVALUATION_SEEDS = 2**30
+
+
+def stream_seed(*key: int, evaluation: bool = False) -> int:
+    """A seed for the stream named by ``key`` (run seed, rank, …); training and evaluation seeds are disjoint."""
+    import numpy as np
+
+    offset = int(np.random.SeedSequence([abs(int(part)) for part in key]).generate_state(1)[0] % (EVALUATION_SEEDS // 2))
+    return offset + EVALUATION_SEEDS * evaluation
+
+
+@contextlib.contextmanager
+def _older_versions_are_fine() -> Iterator[None]:
+    """Comparing with published figures needs the older MuJoCo versions; their age is known."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*out of date.*")
+        yield
+
+
+def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
+    import gymnasium
+
+    if env.startswith("ALE/") or importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip"):
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+    try:
+        with _older_versions_are_fine():
+            return gymnasium.make(env, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
+        close = difflib.get_close_matches(env, list(gymnasium.registry), n=3, cutoff=0.6)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ConfigError(
+            f"data.env={env!r} is not an environment that can be made ({error}){hint} "
+            "Allowed: any installed Gymnasium id, or the class path of a TorchRL environment"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"data.env_kwargs={kwargs!r}: not accepted by {env} ({error})") from error
+
+
+def _torchrl_class(env: str) -> type[EnvBase] | None:
+    """The TorchRL environment class that a dotted path names; None for a Gymnasium id."""
+    module, _, name = env.rpartition(".")
+    if not module or "/" in env:
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+    from torchrl.envs import EnvBase
+
+    return found if isinstance(found, type) and issubclass(found, EnvBase) else None
+
+
+def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
+    """Shapes and kinds of an environment.
+
+    Raises:
+        ConfigError: unknown id, or an action or observation space that cannot be learned from (it is named).
+    """
+    from .cartpole import DIMENSIONS
+
+    kwargs = dict(kwargs or {})
+    if env in DIMENSIONS and not kwargs:
+        n = DIMENSIONS[env]
+        return EnvSpec(env, (4 * n,), "discrete", 2 * n)
+    if (torchrl_class := _torchrl_class(env)) is not None:
+        return _torchrl_spec(env, torchrl_class, kwargs)
+    from gymnasium.spaces import Box, Discrete
+
+    made = _gymnasium_env(env, kwargs)
+    observation, action = made.observation_space, made.action_space
+    made.close()
+    if not isinstance(observation, Box) or observation.shape == ():
+        raise ConfigError(f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape")
+    if isinstance(action, Discrete) and action.start == 0:
+        return EnvSpec(env, observation.shape, "discrete", int(action.n), kwargs=kwargs)
+    if isinstance(action, Box) and len(action.shape) == 1:
+        bounds = action.low.tolist(), action.high.tolist()
+        return EnvSpec(env, observation.shape, "continuous", action.shape[0], *bounds, kwargs=kwargs)
+    raise ConfigError(
+        f"data.env={env!r} has the action space {action}; allowed: Discrete starting at 0, or Box with one dimension"
+    )
+
+
+def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]) -> EnvSpec:
+    from torchrl.data import Bounded, Categorical, Unbounded
+
+    made = torchrl_class(**kwargs)
+    single = len(made.batch_size)
+    if "observation" not in made.observation_spec:
+        keys = sorted(map(str, made.observation_spec.keys()))
+        raise ConfigError(f"data.env={env!r} observes {keys}; allowed: an environment with the key 'observation'")
+    shape, action = tuple(made.observation_spec["observation"].shape[single:]), made.action_spec
+    made.close()
+    if isinstance(action, Categorical):
+        return EnvSpec(env, shape, "discrete", int(action.space.n), kwargs=kwargs)
+    if isinstance(action, Bounded | Unbounded) and len(action.shape) == single + 1:
+        low, high = (bound.flatten()[-action.shape[-1] :].tolist() for bound in (action.space.low, action.space.high))
+        return EnvSpec(env, shape, "continuous", action.shape[-1], low, high, kwargs=kwargs)
+    raise ConfigError(f"data.env={env!r} has the action spec {action}; allowed: Categorical, or a bounded vector")
+
+
+def _envpool_has(spec: EnvSpec) -> bool:
+    if spec.kwargs or importlib.util.find_spec("envpool") is None:
+        return False
+    import envpool
+
+    return spec.id in envpool.list_all_envs() and not spec.id.startswith("ALE/")
+
+
+def make_env(
+    spec: EnvSpec,
+    num_envs: int,
+    seed: int,
+    backend: Backend = "auto",
+    threads: int = 2,
+    device: torch.device | str = "cpu",
+) -> EnvBase:
+    """``num_envs`` copies of an environment, stepped together as one TorchRL environment.
+
+    Args:
+        spec: from :func:`env_spec`.
+        num_envs: batch size of the environment.
+        seed: of its start states.
+        backend: who simulates a Gymnasium id: ``gymnasium`` (one after the other), ``processes`` (gymnasium, one
+            process each), ``envpool`` (C++ threads; needs the extra ``fast`` and no ``env_kwargs``); ``auto`` takes
+            envpool where it has the id.
+        threads: of envpool.
+        device: where a torch environment (cart-pole) computes; the others compute on the CPU.
+
+    Raises:
+        ConfigError: the backend cannot make the environment.
+    """
+    from .cartpole import DIMENSIONS, CartPole
+    from .vector import EnvPoolSimulator, GymnasiumSimulator, VectorEnv
+
+    if backend == "auto" and spec.id in DIMENSIONS and not spec.kwargs:
+        return CartPole(DIMENSIONS[spec.id], num_envs, seed, device)
+    if (torchrl_class := _torchrl_class(spec.id)) is not None:
+        from torchrl.envs import SerialEnv
+
+        env = SerialEnv(num_envs, partial(torchrl_class, **spec.kwargs))
+        env.set_seed(seed)
+        return env
+    if backend == "envpool" or (backend == "auto" and _envpool_has(spec)):
+        if not _envpool_has(spec):
+            raise ConfigError(
+                f"data.backend='envpool' cannot make {spec.id!r} with env_kwargs={spec.kwargs}; allowed: an id that an "
+                "installed envpool (extra 'fast') lists, without env_kwargs. Otherwise: auto, gymnasium, processes"
+            )
+        return VectorEnv(spec, num_envs, partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads), seed)
+    simulator = partial(_make, GymnasiumSimulator, spec, num_envs, processes=backend == "processes")
+    return VectorEnv(spec, num_envs, simulator, seed)
+
+
+def _make(simulator: Any, spec: EnvSpec, num_envs: int, seed: int, **kwargs: Any) -> Any:
+    with _older_versions_are_fine():
+        return simulator(spec, num_envs, seed, **kwargs)

@@ -1,0 +1,39 @@
+"""What a learner has to know of an environment: shapes and kinds, nothing that can be stepped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """Input that cannot work: the message names the field, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """Shapes and kinds of one environment, in plain types so that a checkpoint can hold it.
+
+    Attributes:
+        id: Gymnasium id, or class path of a TorchRL environment.
+        kwargs: keyword arguments it was made with.
+        observation_shape: shape of one observation.
+        action_type: ``discrete`` (one of ``actions`` choices) or ``continuous`` (a vector of ``actions`` numbers).
+        actions: number of choices, or length of the action vector: the learner's number of outputs.
+        action_low, action_high: bounds of a continuous action, in the environment's units; empty if discrete.
+    """
+
+    id: str
+    observation_shape: tuple[int, ...]
+    action_type: Literal["discrete", "continuous"]
+    actions: int
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("observation_shape", "action_low", "action_high"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

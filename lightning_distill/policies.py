@@ -1,0 +1,44 @@
+"""From a learner's outputs to actions: the distributions, and the noise of continuous ones.
+
+Shapes: ``output`` [..., d] is what a learner returns (logits or means), ``action`` [...] (discrete) or [..., d].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+from .envs import EnvSpec
+
+
+def action_distribution(output: Tensor, log_std: Tensor | None) -> Distribution:
+    """Categorical over logits (``log_std`` None), or a diagonal Gaussian whose log-probability is of the joint action."""
+    if log_std is None:
+        return Categorical(logits=output, validate_args=False)
+    return Independent(Normal(output, log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+class ActionNoise(nn.Module):
+    """The learnable log standard deviation of a Gaussian policy; holds nothing if actions are discrete.
+
+    Args:
+        spec: gives the kind of action and its range.
+        log_std: initial value, relative to half the action range.
+        log_std_min: lower bound of the same; below it exploration would end.
+    """
+
+    def __init__(self, spec: EnvSpec, log_std: float, log_std_min: float) -> None:
+        super().__init__()
+        self.continuous = spec.action_type == "continuous"
+        if self.continuous:
+            self.log_std_min = log_std_min
+            self.relative = nn.Parameter(torch.full((spec.actions,), log_std))
+            half_range = (torch.tensor(spec.action_high) - torch.tensor(spec.action_low)) / 2
+            half_range = torch.where(half_range.isfinite(), half_range, torch.ones_like(half_range))
+            self.register_buffer("log_half_range", half_range.log(), persistent=False)
+
+    @property
+    def log_std(self) -> Tensor | None:
+        """Log standard deviation [d] of actions in the environment's units; None if discrete."""
+        return self.relative.clamp(min=self.log_std_min) + self.log_half_range if self.continuous else None

@@ -1,0 +1,332 @@
+"""PPO on streamed rollouts (Schulman et al. 2017): the update that direct RL and distillation share.
+
+``PPO`` optimises a policy's own weights: the direct-RL baseline. ``MetaPPO`` replaces those weights by the result of
+one SGD step on a synthetic batch, and optimises the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .envs import ConfigError, EnvSpec, stream_seed
+from .learners import MLP, LearnerFamily, Params
+from .normalise import RunningMoments
+from .objectives import (
+    approximate_kl,
+    discounted_sums,
+    explained_variance,
+    generalized_advantages,
+    ppo_loss,
+)
+from .policies import ActionNoise, action_distribution
+
+OBSERVATION_CLIP = 10.0
+EPISODES_LOGGED = 100
+
+
+class PPO(L.LightningModule):
+    """Proximal policy optimisation of one policy's weights, one rollout a batch.
+
+    A training batch is a rollout [N, T] of the data module. It is normalised, its advantages are estimated, and
+    ``epochs`` × ``minibatches`` updates are made on it; actor and critic have an optimiser each, and one backward pass
+    serves both, so that DDP averages all gradients.
+
+    Args:
+        spec: the environment; linked from the data module by the command line.
+        family: what the policy is drawn from (default: the paper's learner, MLP 64-64 tanh orthogonal).
+        gamma: discount γ. gae_lambda: λ of generalised advantage estimation.
+        clip: ε of the clipped surrogate.
+        target_kl: when a minibatch's approximate KL divergence from the acting policy exceeds this, the actor is left
+            alone for the rest of the iteration; the critic goes on.
+        entropy_coef: weight of the entropy bonus.
+        epochs: passes over a rollout. minibatches: parts of one pass.
+        max_grad_norm: gradients are clipped to this norm, actor and critic each.
+        optimizer: of the actor, called with its parameters. critic_optimizer: of the critic.
+        scheduler: called with an optimiser and the number of iterations; stepped once an iteration, for both.
+        log_std: initial log standard deviation of continuous actions, relative to half the action range.
+        log_std_min: lower bound of the same.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec | dict[str, Any],
+        family: LearnerFamily | None = None,
+        gamma: ClosedUnitInterval = 0.99,
+        gae_lambda: ClosedUnitInterval = 0.95,
+        clip: PositiveFloat = 0.2,
+        target_kl: PositiveFloat = 0.05,
+        entropy_coef: NonNegativeFloat = 0.0,
+        epochs: PositiveInt = 4,
+        minibatches: PositiveInt = 4,
+        max_grad_norm: PositiveFloat = 0.5,
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=2.5e-3, eps=1e-5),
+        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-5),
+        scheduler: Callable[[Optimizer, int], LRScheduler] = torch.optim.lr_scheduler.PolynomialLR,
+        log_std: float = -0.5,
+        log_std_min: float = -3.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.spec = spec if isinstance(spec, EnvSpec) else EnvSpec(**spec)
+        self.family = family or MLP()
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.clip, self.target_kl, self.entropy_coef = clip, target_kl, entropy_coef
+        self.epochs, self.minibatches, self.max_grad_norm = epochs, minibatches, max_grad_norm
+        self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
+        self.actor = self.make_actor(log_std, log_std_min)
+        self.critic = _critic(self.spec)
+        self.observation_moments = RunningMoments(self.spec.observation_shape)
+        self.return_moments = RunningMoments()
+        self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+        self.seed = 0
+        self._episode_returns: deque[float] = deque(maxlen=EPISODES_LOGGED)
+        self._running: Tensor | None = None
+
+    # --- acting -------------------------------------------------------------------------------------------------
+
+    def normalise(self, observations: Tensor) -> Tensor:
+        """An environment's observations as learners and critic are fed them."""
+        mean, std = self._normaliser
+        return ((observations - mean) / std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+
+    @torch.no_grad()
+    def begin_rollout(self) -> None:
+        """Fix the policies that act in the next rollout. Called by the data module before each.
+
+        All randomness of an iteration follows from (seed, rank, iteration), so a resumed run draws what the
+        uninterrupted one would have drawn.
+        """
+        torch.manual_seed(stream_seed(self.seed, self.global_rank, int(self.iteration)))
+        moments = self.observation_moments
+        self._normaliser = moments.mean.float(), moments.std.float()
+        self.draw()
+        self._acting = self.policy_params()
+        self._acting_log_std = self.log_std
+
+    @torch.no_grad()
+    def act(self, state: TensorDictBase) -> TensorDictBase:
+        """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was."""
+        observation = self.normalise(state["observation"].float())
+        output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
+        state["output"] = output
+        state["action"] = action_distribution(output, self._acting_log_std).sample()
+        return state
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def training_step(self, rollout: TensorDictBase, batch_idx: int) -> None:
+        """One iteration: a rollout [N, T] and its PPO epochs."""
+        samples = self._samples(rollout)
+        metrics = self._update(samples)
+        self.observation_moments.update(rollout["next", "observation"], self._sum_over_processes)
+        self.iteration += 1
+        self.env_steps += rollout.numel() * self.trainer.world_size
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+        self._log(metrics, rollout.numel())
+
+    @torch.no_grad()
+    def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
+        """Tensors [K, M, …] for the update of K learners from M samples each."""
+        reward, done, terminated = (rollout["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
+        self._check_finite(rollout)
+        observations = self.normalise(rollout["observation"].float())
+        value = self.critic(observations).squeeze(-1)
+        next_value = self.critic(self.normalise(rollout["next", "observation"].float())).squeeze(-1)
+        advantage = generalized_advantages(
+            self._scaled(reward, done), value, next_value, terminated, done, self.gamma, self.gae_lambda
+        )
+        samples = {
+            "observation": observations,
+            "action": rollout["action"],
+            "log_prob": action_distribution(rollout["output"], self._acting_log_std).log_prob(rollout["action"]),
+            "advantage": self._standardised(advantage),
+            "value_target": advantage + value,
+            "value": value,
+        }
+        return {name: tensor.unflatten(0, (self.learners, -1)).flatten(1, 2) for name, tensor in samples.items()}
+
+    def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
+        """Rewards divided by the running standard deviation of discounted returns; also collects episode returns."""
+        if self._running is None or self._running.shape[1] != len(reward):
+            self._running = reward.new_zeros(2, len(reward))
+        sums = discounted_sums(reward, done, self._running, reward.new_tensor([self.gamma, 1.0]))
+        self._running = sums[..., -1].masked_fill(done[:, -1], 0.0)
+        self._episode_returns.extend(sums[1][done].tolist())
+        self.return_moments.update(sums[0], self._sum_over_processes)
+        return reward / self.return_moments.std.to(reward.dtype)
+
+    def _standardised(self, advantage: Tensor) -> Tensor:
+        """Advantages with mean 0 and standard deviation 1 over the samples of all processes."""
+        count, total, squares = self._sum_over_processes(
+            torch.stack([torch.full_like(advantage[0, 0], advantage.numel()), advantage.sum(), advantage.square().sum()])
+        )
+        mean = total / count
+        return (advantage - mean) / ((squares / count - mean.square()).clamp(min=0).sqrt() + 1e-8)
+
+    def _update(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
+        actor_optimizer, critic_optimizer = self.optimizers()
+        actor_params, critic_params = list(self.actor.parameters()), list(self.critic.parameters())
+        sizes = samples["advantage"].shape[1]
+        device = samples["advantage"].device
+        metrics: dict[str, list[Tensor]] = {}
+        stopped = False
+        for _ in range(self.epochs):
+            for index in torch.randperm(sizes, device=device).tensor_split(self.minibatches):
+                batch = {name: tensor[:, index] for name, tensor in samples.items()}
+                value = self.critic(batch["observation"]).squeeze(-1)
+                value_loss = (value - batch["value_target"]).square().mean()
+                found = {"loss/value": value_loss}
+                if not stopped:
+                    policy_loss, entropy, log_ratio = self._policy_loss(batch)
+                    with torch.no_grad():
+                        kl = self._mean_over_processes(approximate_kl(log_ratio))
+                        found["policy/kl"] = kl
+                        found["policy/clip_fraction"] = (log_ratio.exp() - 1).abs().gt(self.clip).float().mean()
+                    stopped = bool(kl > self.target_kl)
+                if stopped:
+                    # Keeps every actor parameter in the graph, as DDP expects, with a gradient of zero.
+                    policy_loss = sum(parameter.sum() * 0.0 for parameter in actor_params)
+                else:
+                    found |= {"loss/policy": policy_loss, "policy/entropy": entropy}
+                    policy_loss = policy_loss - self.entropy_coef * entropy
+                actor_optimizer.zero_grad()
+                critic_optimizer.zero_grad()
+                self.manual_backward(policy_loss + value_loss)
+                found["gradient/critic"] = nn.utils.clip_grad_norm_(critic_params, self.max_grad_norm)
+                critic_optimizer.step()
+                if not stopped:
+                    found["gradient/actor"] = nn.utils.clip_grad_norm_(actor_params, self.max_grad_norm)
+                    actor_optimizer.step()
+                for name, tensor in found.items():
+                    metrics.setdefault(name, []).append(tensor.detach())
+        actor_optimizer.zero_grad()
+        critic_optimizer.zero_grad()
+        result = {name: torch.stack(values).mean() for name, values in metrics.items()}
+        result["policy/updates"] = torch.tensor(float(len(metrics.get("gradient/actor", []))), device=device)
+        result["loss/explained_variance"] = explained_variance(samples["value"], samples["value_target"])
+        return result
+
+    def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Clipped surrogate, entropy, and log π_new − log π_old of each sample."""
+        output = self.family.forward(self.policy_params(), batch["observation"])
+        policy = action_distribution(output, self.log_std)
+        log_ratio = policy.log_prob(batch["action"]) - batch["log_prob"]
+        return ppo_loss(log_ratio, batch["advantage"], self.clip), policy.entropy().mean(), log_ratio
+
+    def _check_finite(self, rollout: TensorDictBase) -> None:
+        for name, key in (("reward", ("next", "reward")), ("observation", ("next", "observation"))):
+            if not rollout[key].isfinite().all():
+                raise ConfigError(
+                    f"env={self.spec.id!r} returned a {name} that is NaN or infinite after {int(self.env_steps)} steps; "
+                    f"allowed: finite numbers"
+                )
+
+    # --- across processes ---------------------------------------------------------------------------------------
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum") if self.trainer.world_size > 1 else tensor
+
+    def _mean_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op="mean") if self.trainer.world_size > 1 else tensor
+
+    # --- Lightning ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        optimizers = [self.optimizer(self.actor.parameters()), self.critic_optimizer(self.critic.parameters())]
+        iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
+        return optimizers, [self.scheduler(optimizer, iterations) for optimizer in optimizers]
+
+    def on_fit_start(self) -> None:
+        self.seed = torch.initial_seed() % 2**31
+        self._ended_at = time.monotonic()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["env"] = self.spec.as_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("env")
+        if saved is not None and saved["id"] != self.spec.id:
+            raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={self.spec.id!r}")
+
+    def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
+        now = time.monotonic()
+        speed = frames * self.trainer.world_size / (now - self._ended_at)
+        self._ended_at = now
+        metrics |= {f"policy/{name}": value for name, value in self.actor_metrics().items()}
+        metrics = {f"train/{name}": value for name, value in metrics.items()}
+        # Learning rates fall and returns of the acting policies rise: both belong beside env_steps in every row.
+        metrics["train/optimizer_lr"] = self.optimizers()[0].param_groups[0]["lr"]
+        distributed = self.trainer.world_size > 1
+        self.log_dict(metrics, sync_dist=distributed, batch_size=1)
+        self.log("env_steps", self.env_steps.float(), batch_size=1)
+        self.log("steps/s", speed, prog_bar=True, batch_size=1, sync_dist=distributed)
+        if self._episode_returns:
+            mean = sum(self._episode_returns) / len(self._episode_returns)
+            self.log("return", mean, prog_bar=True, batch_size=1, sync_dist=distributed)
+
+    # --- what distillation replaces -----------------------------------------------------------------------------
+
+    @property
+    def learners(self) -> int:
+        """K, the number of policies that act in one rollout."""
+        return 1
+
+    def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
+        """The module whose parameters ``optimizer`` changes."""
+        return PolicyWeights(self.family, self.spec, log_std, log_std_min)
+
+    def draw(self) -> None:
+        """Draw what is fresh in each rollout."""
+
+    def policy_params(self) -> Params:
+        """Parameters [K, …] of the acting policies, differentiable in the actor's parameters."""
+        return self.actor.params()
+
+    @property
+    def log_std(self) -> Tensor | None:
+        """Log standard deviation [d] of continuous actions; None if discrete."""
+        return self.actor.noise.log_std
+
+    def actor_metrics(self) -> dict[str, Tensor]:
+        return {} if self.log_std is None else {"log_std": self.log_std.detach().mean()}
+
+
+class PolicyWeights(nn.Module):
+    """One learner's own parameters as trainable weights: what direct RL optimises."""
+
+    def __init__(self, family: LearnerFamily, spec: EnvSpec, log_std: float, log_std_min: float) -> None:
+        super().__init__()
+        drawn = family.draw(1, spec.observation_shape, spec.actions)
+        self.names = list(drawn)
+        self.weights = nn.ParameterList(drawn.values())
+        self.noise = ActionNoise(spec, log_std, log_std_min)
+
+    def params(self) -> Params:
+        return dict(zip(self.names, self.weights, strict=True))
+
+
+def _critic(spec: EnvSpec) -> nn.Sequential:
+    """State value: MLP 64-64 tanh on normalised observations, orthogonal (gain √2, output 1)."""
+    sizes = [torch.Size(spec.observation_shape).numel(), 64, 64]
+    layers: list[nn.Module] = [nn.Flatten(start_dim=-len(spec.observation_shape))]
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    layers.append(nn.Linear(sizes[-1], 1))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, 2**0.5 if layer.out_features > 1 else 1.0)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
