@@ -1,0 +1,48 @@
+"""Distil a reinforcement-learning environment into a handful of supervised pairs.
+
+    from lightning_distill import load, teach
+    policy = teach(my_module, load("ant"))
+    action = policy(observation)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .dataset import DatasetError, DistilledDataset, load
+from .envs.spec import ConfigError, EnvSpec
+from .learners import MLP, LearnerFamily, ModuleFamily
+from .teaching import Policy, teach
+
+if TYPE_CHECKING:
+    from .data import CollectorDataModule
+    from .evaluation import Evaluation, evaluate
+    from .meta_ppo import MetaPPO
+
+__all__ = [
+    "MLP",
+    "CollectorDataModule",
+    "ConfigError",
+    "DatasetError",
+    "DistilledDataset",
+    "EnvSpec",
+    "Evaluation",
+    "LearnerFamily",
+    "MetaPPO",
+    "ModuleFamily",
+    "Policy",
+    "evaluate",
+    "load",
+    "teach",
+]
+
+# What trains or simulates is imported when it is asked for: loading and teaching need torch and safetensors alone.
+_LAZY = {"CollectorDataModule": "data", "Evaluation": "evaluation", "evaluate": "evaluation", "MetaPPO": "meta_ppo"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

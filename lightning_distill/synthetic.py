@@ -41,6 +41,10 @@ class SyntheticBatch(nn.Module):
         self.noise = ActionNoise(spec, log_std, log_std_min)
 
     @property
+    def pairs(self) -> int:
+        return len(self.targets)
+
+    @property
     def learning_rate(self) -> Tensor:
         """η, the size of the one SGD step; scalar, positive."""
         return self.log_learning_rate.exp()

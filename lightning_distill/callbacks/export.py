@@ -1,0 +1,66 @@
+"""ExportDataset: the synthetic batch as a file that outlives the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from ..dataset import write_atomically
+from ..envs import ConfigError
+from ..evaluation import as_returns
+from ..meta_ppo import IN_DISTRIBUTION, MetaPPO
+
+
+class ExportDataset(L.Callback):
+    """Writes ``distilled.safetensors`` (best by validation) and ``last.safetensors``, whole or not at all.
+
+    Args:
+        dirpath: folder of the files; default: the run's log folder.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self.best_return: float | None = None
+        self.config = ""
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+    def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+        folder = self.folder(trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        try:
+            write_atomically(folder / ".writable", b"").unlink()
+        except OSError as error:
+            raise ConfigError(f"output folder {str(folder)!r} is not writable: {error.strerror or error}") from error
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._write(trainer, pl_module, "last.safetensors")
+        mean = pl_module.evaluations[IN_DISTRIBUTION]["sampled"].mean
+        if self.best_return is None or mean > self.best_return:
+            self.best_return = mean
+            self._write(trainer, pl_module, "distilled.safetensors")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        self._write(trainer, pl_module, "distilled.safetensors")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: MetaPPO, exception: BaseException) -> None:
+        if pl_module.iteration > 0:
+            self._write(trainer, pl_module, "last.safetensors")
+
+    def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str) -> None:
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        dataset = pl_module.distilled().with_metadata(returns=as_returns(pl_module.evaluations), config=self.config)
+        dataset.save(self.folder(trainer) / name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_return": self.best_return}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_return = state_dict["best_return"]
