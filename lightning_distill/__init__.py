@@ -1,8 +1,8 @@
 """Distil a reinforcement-learning environment into a handful of supervised pairs.
 
-    from lightning_distill import load, teach
-    policy = teach(my_module, load("ant"))
-    action = policy(observation)
+from lightning_distill import load, teach
+policy = teach(my_module, load("ant"))
+action = policy(observation)
 """
 
 from __future__ import annotations

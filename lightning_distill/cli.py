@@ -1,4 +1,4 @@
-"""The commands ``lightning`` and ``lightning-distill``: one program, LightningCLI with this project's parts plugged in."""
+"""The commands ``lightning`` and ``lightning-distill``: one program, LightningCLI with this project's parts in it."""
 
 from __future__ import annotations
 

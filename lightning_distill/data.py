@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from .dataset import DistilledDataset
-from .envs import Backend, ConfigError, env_spec, make_env, stream_seed
+from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import Evaluation, Evaluator
 from .learners import LearnerFamily
 
@@ -133,7 +133,7 @@ class Rollouts:
             rollouts = iter(self.collector)
             for _ in range(self.length):
                 module.begin_rollout()
-                with torch.no_grad():
+                with torch.no_grad(), simulator_threads(env):
                     rollout = next(rollouts)
                 yield rollout
         finally:

@@ -67,7 +67,9 @@ class DistilledDataset:
             if not holds:
                 raise DatasetError(message)
 
-        require(self.observations.dim() >= 2, f"observations: shape {tuple(self.observations.shape)}, expected [n, *obs]")
+        require(
+            self.observations.dim() >= 2, f"observations: shape {tuple(self.observations.shape)}, expected [n, *obs]"
+        )
         require(self.targets.dim() == 2, f"targets: shape {tuple(self.targets.shape)}, expected [n, d]")
         n, d = self.targets.shape
         obs = tuple(self.observations.shape[1:])
@@ -273,6 +275,12 @@ def _json(key: str, text: str, kind: Any) -> Any:
 def _check_returns(returns: dict[str, Any]) -> None:
     for family, kinds in returns.items():
         for kind, entry in kinds.items() if isinstance(kinds, dict) else [(None, None)]:
-            numbers = [entry.get(name) for name in ("mean", "ci95", "learners", "episodes")] if isinstance(entry, dict) else []
+            numbers = (
+                [entry.get(name) for name in ("mean", "ci95", "learners", "episodes")]
+                if isinstance(entry, dict)
+                else []
+            )
             if kind not in ("sampled", "greedy") or not numbers or not all(isinstance(x, int | float) for x in numbers):
-                raise DatasetError(f"returns[{family!r}]: expected {{sampled|greedy: {{mean, ci95, learners, episodes}}}}")
+                raise DatasetError(
+                    f"returns[{family!r}]: expected {{sampled|greedy: {{mean, ci95, learners, episodes}}}}"
+                )

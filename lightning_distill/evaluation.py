@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .dataset import DistilledDataset
-from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, stream_seed
-from .learners import MLP, LearnerFamily
+from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_threads, stream_seed
+from .learners import MLP, LearnerFamily, Params
 from .policies import action_distribution
 from .teaching import sgd_step
 
@@ -123,16 +123,22 @@ class Evaluator:
             dataset = dataset.to(self.device)
             params = family.draw(self.learners, self.spec.observation_shape, self.spec.actions, self.device)
             params = sgd_step(family.forward, params, dataset.observations, dataset.targets, dataset.learning_rate)
-            return Evaluation(self._play(dataset, family, params, greedy, seed), greedy)
+            env = self._env(stream_seed(seed, 2, evaluation=True))
+            with simulator_threads(env):
+                return Evaluation(self._play(env, dataset, family, params, greedy), greedy)
 
-    def _play(self, dataset: DistilledDataset, family: LearnerFamily, params: Any, greedy: bool, seed: int) -> Tensor:
-        count = self.learners * self.episodes
-        env_seed = stream_seed(seed, 2, evaluation=True)
+    def _env(self, seed: int) -> EnvBase:
         if self.env is None:
-            self.env = make_env(self.spec, count, env_seed, **self.options)
+            self.env = make_env(self.spec, self.learners * self.episodes, seed, **self.options)
         else:
-            self.env.set_seed(env_seed)
-        state = self.env.reset()
+            self.env.set_seed(seed)
+        return self.env
+
+    def _play(
+        self, env: EnvBase, dataset: DistilledDataset, family: LearnerFamily, params: Params, greedy: bool
+    ) -> Tensor:
+        state = env.reset()
+        count = len(state)
         returns = torch.zeros(count, dtype=torch.float64)
         playing = torch.ones(count, dtype=torch.bool)
         while playing.any():
@@ -142,8 +148,8 @@ class Evaluator:
                 action = output.argmax(-1) if dataset.log_std is None else output
             else:
                 action = action_distribution(output, dataset.log_std).sample()
-            state["action"] = action.to(self.env.device)
-            step, state = self.env.step_and_maybe_reset(state)
+            state["action"] = action.to(env.device)
+            step, state = env.step_and_maybe_reset(state)
             # An environment that has finished goes on with another episode, which does not count.
             returns += step["next", "reward"].squeeze(-1).cpu() * playing
             playing &= ~step["next", "done"].squeeze(-1).cpu()

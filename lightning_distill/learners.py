@@ -126,7 +126,7 @@ class MLP(LearnerFamily):
         weight = torch.empty(k, fan_in, fan_out, device=device).uniform_(-bound, bound)
         return weight, torch.empty(k, 1, fan_out, device=device).uniform_(-bound, bound)
 
-    _INITIALISERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # noqa: RUF012
+    _INITIALISERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         "orthogonal": _orthogonal.__func__,
         "xavier": _xavier.__func__,
         "kaiming": _kaiming.__func__,

@@ -133,9 +133,9 @@ class MetaPPO(PPO):
         """Fresh in-distribution learners play whole episodes, with sampled and with greedy actions."""
         self.evaluations[IN_DISTRIBUTION] = {}
         for kind in ("sampled", "greedy"):
-            evaluation = self.trainer.datamodule.evaluate(self.distilled(), self.family, "test", greedy=kind == "greedy")
+            evaluation = self.trainer.datamodule.evaluate(
+                self.distilled(), self.family, "test", greedy=kind == "greedy"
+            )
             self.evaluations[IN_DISTRIBUTION][kind] = evaluation
             self.log(f"test/return_{kind}", evaluation.mean, batch_size=1)
             self.log(f"test/return_{kind}_ci95", evaluation.ci95, batch_size=1)
-
-

@@ -24,7 +24,9 @@ def draw_learning_curve(metrics: Path, path: Path) -> Path:
     figure = _figure(7, 4)
     axes = figure.subplots()
     columns = [name for name in (rows[0] if rows else {}) if name in ("return", "val/return")]
-    columns += sorted(name for name in (rows[0] if rows else {}) if name.startswith("held_out/") and name.endswith("/return"))
+    columns += sorted(
+        name for name in (rows[0] if rows else {}) if name.startswith("held_out/") and name.endswith("/return")
+    )
     steps = 0.0
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     for row in rows:
@@ -57,7 +59,9 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
     )
     for axes, values, title, label in panels:
         limit = max(values.abs().max().item(), 1e-6)
-        image = axes.imshow(values.cpu(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            values.cpu(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         axes.set_title(title)
         axes.set_xlabel(label)
         axes.set_ylabel("pair")

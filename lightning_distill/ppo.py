@@ -171,7 +171,9 @@ class PPO(L.LightningModule):
     def _standardised(self, advantage: Tensor) -> Tensor:
         """Advantages with mean 0 and standard deviation 1 over the samples of all processes."""
         count, total, squares = self._sum_over_processes(
-            torch.stack([torch.full_like(advantage[0, 0], advantage.numel()), advantage.sum(), advantage.square().sum()])
+            torch.stack(
+                [torch.full_like(advantage[0, 0], advantage.numel()), advantage.sum(), advantage.square().sum()]
+            )
         )
         mean = total / count
         return (advantage - mean) / ((squares / count - mean.square()).clamp(min=0).sqrt() + 1e-8)

@@ -18,7 +18,7 @@ def returns_table(title: str, evaluations: dict[str, dict[str, Evaluation]]) -> 
     learners, episodes = first.returns.shape
     table = Table(
         title=title,
-        caption=f"mean ± 95 % CI [worst learner] of {learners} fresh learners after one step, {episodes} episode(s) each",
+        caption=f"mean ± 95 % CI [worst] of {learners} fresh learners after one step, {episodes} episode(s) each",
     )
     table.add_column("family")
     kinds = [kind for kind in ("sampled", "greedy") if any(kind in entry for entry in evaluations.values())]

@@ -94,8 +94,8 @@ def teach(module: nn.Module, dataset: DistilledDataset, *, in_place: bool = Fals
         try:
             outputs = taught(dataset.observations)
         except RuntimeError as error:
-            shape = tuple(dataset.observations.shape[1:])
-            raise ValueError(f"module does not accept observations [B, {', '.join(map(str, shape))}]: {error}") from error
+            shape = ["B", *dataset.observation_shape]
+            raise ValueError(f"module does not accept observations {shape}: {error}") from error
         if outputs.shape != dataset.targets.shape:
             raise ValueError(f"module returns {tuple(outputs.shape)}; expected {tuple(dataset.targets.shape)}")
         loss = torch.nn.functional.mse_loss(outputs, dataset.targets)

@@ -68,6 +68,8 @@ class RunReport(L.Callback):
                 found.append((Path(logger.log_dir) / "metrics.csv", "every logged number"))
             elif isinstance(logger, WandbLogger):
                 run = Path(logger.experiment.dir).parent
-                offline = logger.experiment.settings.mode == "offline" if hasattr(logger.experiment, "settings") else False
+                offline = (
+                    logger.experiment.settings.mode == "offline" if hasattr(logger.experiment, "settings") else False
+                )
                 found.append((run, "W&B run" + (", offline: upload it with `wandb sync`" if offline else "")))
         return [(path, meaning) for path, meaning in found if path.name and path.exists()]

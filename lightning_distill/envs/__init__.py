@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torchrl.envs import EnvBase
 
-__all__ = ["Backend", "ConfigError", "EnvSpec", "env_spec", "make_env", "stream_seed"]
+__all__ = ["Backend", "ConfigError", "EnvSpec", "env_spec", "make_env", "simulator_threads", "stream_seed"]
 
 Backend = Literal["auto", "gymnasium", "processes", "envpool"]
 
@@ -32,8 +32,24 @@ def stream_seed(*key: int, evaluation: bool = False) -> int:
     """A seed for the stream named by ``key`` (run seed, rank, …); training and evaluation seeds are disjoint."""
     import numpy as np
 
-    offset = int(np.random.SeedSequence([abs(int(part)) for part in key]).generate_state(1)[0] % (EVALUATION_SEEDS // 2))
+    offset = int(
+        np.random.SeedSequence([abs(int(part)) for part in key]).generate_state(1)[0] % (EVALUATION_SEEDS // 2)
+    )
     return offset + EVALUATION_SEEDS * evaluation
+
+
+@contextlib.contextmanager
+def simulator_threads(env: EnvBase) -> Iterator[None]:
+    """While a simulator with its own threads steps, torch keeps to one: idle torch threads would spin on its cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if hasattr(env, "simulator"):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -47,7 +63,7 @@ def _older_versions_are_fine() -> Iterator[None]:
 def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     import gymnasium
 
-    if env.startswith("ALE/") or importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip"):
+    if env.startswith("ALE/") or (importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip")):
         import ale_py
 
         gymnasium.register_envs(ale_py)

@@ -141,5 +141,7 @@ class GymnasiumCartPole(gymnasium.Env):
         force = np.zeros(self.dimensions)
         force[action // 2] = FORCE if action % 2 else -FORCE
         self.state = np.stack(advance(*self.state.T, force, np), axis=-1)
-        terminated = bool(np.any(np.abs(self.state[:, 0]) > MAX_POSITION) or np.any(np.abs(self.state[:, 2]) > MAX_ANGLE))
+        terminated = bool(
+            np.any(np.abs(self.state[:, 0]) > MAX_POSITION) or np.any(np.abs(self.state[:, 2]) > MAX_ANGLE)
+        )
         return self.state.astype(np.float32).ravel(), 1.0, terminated, False, {}

@@ -1,0 +1,107 @@
+"""Environment steps a second: bare simulator with random actions, collection, and all of training, side by side.
+
+    python benchmarks/throughput.py HalfCheetah-v5
+    python benchmarks/throughput.py CartPole-v1 --num_envs 256 --rollout_length 100 --pairs 2
+
+The three alternate within one process, so that a change of the machine's speed meets all of them; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_distill import CollectorDataModule, MetaPPO
+from lightning_distill.envs import make_env
+
+
+class Throughput(L.Callback):
+    """Times collection and update of each iteration, and as many steps of the bare simulator between them."""
+
+    def __init__(self, data: CollectorDataModule) -> None:
+        self.data = data
+        self.bare_env = make_env(data.spec, data.num_envs, 1, data.backend, data.threads)
+        self.bare_env.reset()
+        self.seconds: dict[str, list[float]] = {"bare": [], "collect": [], "update": []}
+        self.ended = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.began = time.perf_counter()
+        if self.ended is not None:
+            self.seconds["collect"].append(self.began - self.ended)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds["update"].append(time.perf_counter() - self.began)
+        self.seconds["bare"].append(self._bare())
+        self.ended = time.perf_counter()
+
+    def _bare(self) -> float:
+        env, steps = self.bare_env, self.data.rollout_length
+        actions = torch.stack([env.action_spec.rand() for _ in range(steps)])
+        if hasattr(env, "simulator"):
+            simulator, actions = env.simulator, actions.numpy()
+            began = time.perf_counter()
+            for action in actions:
+                _, _, terminated, truncated = simulator.step(action)
+                if (done := terminated | truncated).any():
+                    simulator.reset(done)
+            return time.perf_counter() - began
+        state = env.reset()
+        began = time.perf_counter()
+        for action in actions:
+            state["action"] = action
+            _, state = env.step_and_maybe_reset(state)
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env")
+    parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--num_envs", type=int, default=32)
+    parser.add_argument("--rollout_length", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--backend", default="auto")
+    args = parser.parse_args()
+
+    L.seed_everything(1, verbose=False)
+    frames = args.num_envs * args.rollout_length
+    data = CollectorDataModule(
+        args.env,
+        env_steps=frames * args.iterations,
+        num_envs=args.num_envs,
+        rollout_length=args.rollout_length,
+        backend=args.backend,
+    )
+    model = MetaPPO(data.spec, args.pairs)
+    timer = Throughput(data)
+    trainer = L.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[timer],
+    )
+    trainer.fit(model, data)
+
+    seconds = {name: statistics.median(values[2:]) for name, values in timer.seconds.items()}
+    bare = frames / seconds["bare"]
+    collect = frames / seconds["collect"]
+    train = frames / (seconds["collect"] + seconds["update"])
+    updates = model.learners * model.epochs * model.minibatches / seconds["update"]
+    print(f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {torch.get_num_threads()} threads")
+    print(f"  bare simulator, random actions  {bare:>12,.0f} steps/s")
+    print(f"  collection                      {collect:>12,.0f} steps/s  {collect / bare:6.1%}")
+    print(f"  training                        {train:>12,.0f} steps/s  {train / bare:6.1%}")
+    print(f"  learner updates                 {updates:>12,.0f} /s")
+
+
+if __name__ == "__main__":
+    main()
