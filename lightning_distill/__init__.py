@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from .dataset import DatasetError, DistilledDataset, load
 from .envs.spec import ConfigError, EnvSpec
+from .envs.variations import Variation
 from .learners import MLP, LearnerFamily, ModuleFamily
-from .teaching import Policy, teach
+from .teaching import Policy, StackedPolicy, teach, teach_many
 
 if TYPE_CHECKING:
     from .data import CollectorDataModule
-    from .evaluation import Evaluation, evaluate
+    from .evaluation import Evaluation, evaluate, evaluate_all
     from .meta_ppo import MetaPPO
 
 __all__ = [
@@ -31,13 +32,23 @@ __all__ = [
     "MetaPPO",
     "ModuleFamily",
     "Policy",
+    "StackedPolicy",
+    "Variation",
     "evaluate",
+    "evaluate_all",
     "load",
     "teach",
+    "teach_many",
 ]
 
 # What trains or simulates is imported when it is asked for: loading and teaching need torch and safetensors alone.
-_LAZY = {"CollectorDataModule": "data", "Evaluation": "evaluation", "evaluate": "evaluation", "MetaPPO": "meta_ppo"}
+_LAZY = {
+    "CollectorDataModule": "data",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "evaluate_all": "evaluation",
+    "MetaPPO": "meta_ppo",
+}
 
 
 def __getattr__(name: str) -> Any:

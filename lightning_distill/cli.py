@@ -1,88 +1,53 @@
-"""The commands ``lightning`` and ``lightning-distill``: one program, LightningCLI with this project's parts in it."""
+"""The commands ``lightning`` and ``lightning-distill``: one program.
+
+``fit``, ``validate`` and ``test`` are LightningCLI's; the others are in ``shell``. What a command needs is imported when
+that command is called, so that help and the light commands are there at once.
+"""
 
 from __future__ import annotations
 
-import netrc
-import os
 import sys
-from importlib.resources import files
-from typing import Any
+from pathlib import Path
 
-from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-from .callbacks import ExportDataset, HeldOutLearners, RunReport
-from .data import CollectorDataModule
 from .dataset import DatasetError
 from .envs import ConfigError
-from .meta_ppo import MetaPPO
+from .shell import COMMANDS, run, summary
 
-
-class DistillCLI(LightningCLI):
-    """``fit``, ``validate`` and ``test``; a finished ``fit`` is followed by a ``test`` of the best checkpoint."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """The defaults are the first of the config files, so that their interpolations see what later ones say."""
-        given = list(sys.argv[1:] if args is None else args)
-        if given and given[0] in self.subcommands():
-            given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
-        self.config = parser.parse_args(given)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(HeldOutLearners, "held_out")
-        parser.add_lightning_class_args(ExportDataset, "export")
-        parser.add_lightning_class_args(RunReport, "report")
-        parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
-
-    def before_instantiate_classes(self) -> None:
-        if not _logged_in_to_wandb():
-            os.environ.setdefault("WANDB_MODE", "offline")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        trainer = super().instantiate_trainer(**kwargs)
-        for callback in trainer.callbacks:
-            if isinstance(callback, ExportDataset):
-                callback.config = self.parser.dump(self.config)
-        return trainer
-
-    def after_fit(self) -> None:
-        trainer = self.trainer
-        if trainer.interrupted or trainer.fast_dev_run:
-            return
-        best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
-        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
-
-
-def _logged_in_to_wandb() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+TRAINING = {
+    "fit": "Distil an environment into a dataset (or train by PPO), then test the result.",
+    "validate": "Validate a checkpoint: fresh learners, sampled actions.",
+    "test": "Test a checkpoint: fresh learners, sampled and greedy actions.",
+}
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning`` and ``lightning-distill``."""
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    omegaconf = {"parser_mode": "omegaconf+"}
+    given = sys.argv[1:] if args is None else args
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if given else 2)
+    if given[0] in COMMANDS:
+        run(given[0], given[1:])
+        return
+    if given[0] not in TRAINING and not given[0].startswith("-"):
+        print(f"error: command={given[0]!r}: allowed are {', '.join([*TRAINING, *COMMANDS])}", file=sys.stderr)
+        sys.exit(2)
+    from . import lightning_cli
+
     try:
-        DistillCLI(
-            MetaPPO,
-            CollectorDataModule,
-            parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        lightning_cli.run(args)
     except (ConfigError, DatasetError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def usage() -> str:
+    """All commands with a line on each."""
+    name = Path(sys.argv[0]).name
+    lines = [f"usage: {name} COMMAND [OPTIONS]", ""]
+    lines += [f"  {command:10}{text}" for command, text in TRAINING.items()]
+    lines += [f"  {command:10}{summary(command)}" for command in COMMANDS]
+    return "\n".join([*lines, "", f"`{name} COMMAND --help` says what a command takes."])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class CollectorDataModule(L.LightningDataModule):
         rollout_length: T, steps of each environment in one rollout.
         backend: who simulates, see :func:`lightning_distill.envs.make_env`.
         threads: simulator threads; default: one per core.
-        val_learners: fresh learners at each validation. test_learners: fresh learners in the final evaluation.
+        val_learners: fresh learners at each validation.
+        test_learners: fresh learners in the final evaluation.
         episodes: whole episodes of each of them.
     """
 
@@ -138,6 +139,12 @@ class Rollouts:
                 yield rollout
         finally:
             self.close()
+
+    def state_dict(self) -> dict:
+        """Nothing: a resumed run restarts its environments. Tells Lightning that resuming within an epoch is fine."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
 
     def close(self) -> None:
         if self.collector is not None:

@@ -21,12 +21,31 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 FORMAT = "1"
-JSON_KEYS = ("env_kwargs", "learners", "returns", "versions")
-TEXT_KEYS = ("step_rule", "encoder_level", "env_steps", "seed", "config", "created", "license")
+#: Metadata that is structured; every other entry is text.
+JSON_KEYS: dict[str, type | tuple[type, ...]] = {
+    "env_kwargs": dict,
+    "learners": (list, dict),
+    "returns": dict,
+    "versions": dict,
+}
+INTEGER_KEYS = ("env_steps", "seed")
+#: Metadata that are fields of their own, or what this version writes anyway.
+FIELD_KEYS = ("format", "env", "action_type", "loss", "steps", "observation_clip")
+REQUIRED = ("observations", "targets", "learning_rate", "observation_mean", "observation_std")
+OPTIONAL = ("log_std", "line_search_scale", "newton_ridge")
+ENCODER = "encoder."
+ENCODER_LEVELS = ("0", "1", "2", "3", "4")
+#: Far more than a config and a table of returns need; a larger one is no honest file.
+METADATA_LIMIT = 1_000_000
 
 
 class DatasetError(ValueError):
     """A file that is no distilled dataset of a known format: the message says what is wrong with it."""
+
+
+def normalise(observation: Tensor, mean: Tensor, std: Tensor, clip: float) -> Tensor:
+    """An environment's observation s as learners are fed it: clip((s − mean) / std, ±clip)."""
+    return ((observation - mean) / std).clamp(-clip, clip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +56,20 @@ class DistilledDataset:
         observations: [n, *obs], already normalised: learners are fed them as they are.
         targets: [n, d], logits (discrete) or action means in the environment's units (continuous).
         learning_rate: scalar η of the one SGD step.
-        log_std: [d], log standard deviation of the taught policy (continuous only).
         observation_mean, observation_std: [*obs]; an environment's observation s is fed to the policy as
             clip((s − mean) / std, ±observation_clip).
-        env: Gymnasium id; env_kwargs: arguments it was made with.
-        metadata: everything else the file says (section "file format" of the README).
+        env: Gymnasium id.
+        action_type: ``discrete`` or ``continuous``.
+        log_std: [d], log standard deviation of the taught policy (continuous only).
+        observation_clip: c, see above.
+        line_search_scale, newton_ridge: scalars α and λ of the step rules of these names; optional.
+        encoder: state dict of the encoder whose output learners are fed in teaching and acting; empty unless
+            ``encoder_level`` > 0.
+        metadata: everything else the file says (section "file format" of the README), in plain JSON values: control
+            characters are escaped, numbers that are not finite are None.
+
+    Raises:
+        DatasetError: a field is not what format 1 says; the message names it, its value and what is expected.
     """
 
     observations: Tensor
@@ -53,47 +81,64 @@ class DistilledDataset:
     action_type: Literal["discrete", "continuous"]
     log_std: Tensor | None = None
     observation_clip: float = 10.0
+    line_search_scale: Tensor | None = None
+    newton_ridge: Tensor | None = None
+    encoder: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._check()
+        # What is shown on a terminal later can hold no escape sequence; a config alone has several lines.
+        texts = self.metadata.items()
+        metadata = {_plain(key): _plain(value, "\n\t" if key == "config" else "") for key, value in texts}
+        object.__setattr__(self, "metadata", metadata)
+        self._check_tensors()
+        self._check_text()
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("observations", "targets", "learning_rate", "log_std", "observation_mean", "observation_std")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """All tensors, by their names in the file."""
+        named = {name: value for name in REQUIRED + OPTIONAL if (value := getattr(self, name)) is not None}
+        return named | {ENCODER + name: value for name, value in self.encoder.items()}
 
-    def _check(self) -> None:
-        def require(holds: bool, message: str) -> None:
-            if not holds:
-                raise DatasetError(message)
-
-        require(
-            self.observations.dim() >= 2, f"observations: shape {tuple(self.observations.shape)}, expected [n, *obs]"
-        )
-        require(self.targets.dim() == 2, f"targets: shape {tuple(self.targets.shape)}, expected [n, d]")
-        n, d = self.targets.shape
-        obs = tuple(self.observations.shape[1:])
-        require(n >= 1 and d >= 1, f"targets: shape {(n, d)}, expected at least one pair and one output")
-        require(len(self.observations) == n, f"observations: {len(self.observations)} rows, but targets has {n}")
-        require(
-            self.action_type in ("discrete", "continuous"),
-            f"action_type={self.action_type!r}: allowed are 'discrete', 'continuous'",
-        )
-        continuous = self.action_type == "continuous"
-        require(continuous == (self.log_std is not None), "log_std: needed for continuous actions, and only for them")
-        expected = {"learning_rate": (), "log_std": (d,), "observation_mean": obs, "observation_std": obs}
+    def _check_tensors(self) -> None:
         for name, value in self._tensors().items():
-            require(value.dtype == torch.float32, f"{name}: dtype {value.dtype}, expected torch.float32")
-            shape = expected.get(name, tuple(value.shape))
-            require(tuple(value.shape) == shape, f"{name}: shape {tuple(value.shape)}, expected {shape}")
-            require(bool(value.isfinite().all()), f"{name}: holds NaN or infinity")
-        require(bool(self.learning_rate > 0), f"learning_rate={self.learning_rate.item()}: must be positive")
-        require(bool((self.observation_std > 0).all()), "observation_std: must be positive")
-        require(
-            math.isfinite(self.observation_clip) and self.observation_clip > 0,
-            f"observation_clip={self.observation_clip}: must be positive",
-        )
-        require(bool(self.env), "env: empty, expected a Gymnasium id")
+            _require(isinstance(value, Tensor), f"{name}: a {type(value).__name__}, expected a torch.Tensor")
+            _require(value.dtype == torch.float32, f"{name}: dtype {value.dtype}, expected torch.float32")
+            _require(bool(value.isfinite().all()), f"{name}: holds NaN or infinity")
+        shape = list(self.observations.shape)
+        _require(len(shape) >= 2 and 0 not in shape, f"observations: shape {shape}, expected [n, *obs], n ≥ 1")
+        _require(self.targets.dim() == 2, f"targets: shape {list(self.targets.shape)}, expected [n, d]")
+        n, d = self.targets.shape
+        _require(d >= 1, f"targets: shape {[n, d]}, expected at least one output")
+        _require(len(self.observations) == n, f"observations: {len(self.observations)} rows, but targets has {n}")
+        scalars = ("learning_rate", "line_search_scale", "newton_ridge")
+        expected = {"log_std": [d], "observation_mean": shape[1:], "observation_std": shape[1:]}
+        for name, value in self._tensors().items():
+            if name in scalars or name in expected:
+                wanted = expected.get(name, [])
+                _require(list(value.shape) == wanted, f"{name}: shape {list(value.shape)}, expected {wanted}")
+            if name in (*scalars, "observation_std"):
+                _require(bool((value > 0).all()), f"{name}: smallest value {value.min().item()}, must be positive")
+
+    def _check_text(self) -> None:
+        kinds = ("discrete", "continuous")
+        _require(self.action_type in kinds, f"action_type={self.action_type!r}: allowed are {', '.join(kinds)}")
+        continuous = self.action_type == "continuous"
+        _require(continuous == (self.log_std is not None), "log_std: needed for continuous actions, and only for them")
+        clip = self.observation_clip
+        _require(math.isfinite(clip) and clip > 0, f"observation_clip={clip}: must be positive and finite")
+        shown = bool(self.env) and self.env.isprintable() and " " not in self.env
+        _require(shown, f"env={self.env!r}: expected a Gymnasium id")
+        for key in FIELD_KEYS:
+            _require(key not in self.metadata, f"metadata[{key!r}]: is a field of its own")
+        for key, kind in JSON_KEYS.items():
+            value = self.metadata.get(key)
+            _require(value is None or isinstance(value, kind), f"{key}: a JSON {type(value).__name__}, cannot be one")
+        _check_returns(self.metadata.get("returns") or {})
+        level = str(self.metadata.get("encoder_level", "0"))
+        _require(level in ENCODER_LEVELS, f"encoder_level={level!r}: allowed are {', '.join(ENCODER_LEVELS)}")
+        has = f"{len(self.encoder)} tensors {ENCODER}*"
+        _require((level != "0") == bool(self.encoder), f"encoder_level={level} with {has}: levels above 0 have them")
+        _require(all(name.isprintable() for name in self.encoder), f"{ENCODER}*: names with control characters")
 
     @property
     def pairs(self) -> int:
@@ -110,8 +155,18 @@ class DistilledDataset:
         return self.targets.shape[1]
 
     @property
+    def encoder_level(self) -> int:
+        """How many of a learner's first layers are the encoder that comes with the dataset; 0: none."""
+        return int(self.metadata.get("encoder_level", 0))
+
+    @property
+    def step_rule(self) -> str:
+        """The step rule recommended for learners of other kinds than those trained on; ``sgd`` is the plain step."""
+        return str(self.metadata.get("step_rule", "sgd"))
+
+    @property
     def env_kwargs(self) -> dict[str, Any]:
-        return dict(self.metadata.get("env_kwargs", {}))
+        return dict(self.metadata.get("env_kwargs") or {})
 
     @property
     def nbytes(self) -> int:
@@ -132,12 +187,13 @@ class DistilledDataset:
         return TensorDataset(self.observations, self.targets)
 
     def normalise(self, observations: Tensor) -> Tensor:
-        """An environment's observations as the policy is fed them."""
-        scaled = (observations - self.observation_mean) / self.observation_std
-        return scaled.clamp(-self.observation_clip, self.observation_clip)
+        """An environment's observations [..., *obs] as the policy is fed them."""
+        return normalise(observations, self.observation_mean, self.observation_std, self.observation_clip)
 
     def to(self, device: torch.device | str) -> DistilledDataset:
-        return dataclasses.replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+        """The same dataset with its tensors on a device."""
+        moved = {name: value.to(device) for name, value in self._tensors().items()}
+        return dataclasses.replace(self, **_as_fields(moved))
 
     def with_metadata(self, **entries: Any) -> DistilledDataset:
         """The same dataset with entries of its metadata added or replaced."""
@@ -149,16 +205,20 @@ class DistilledDataset:
             f"  observations {list(self.observations.shape)}  targets {list(self.targets.shape)} ({self.action_type})"
             f"  learning rate {self.learning_rate.item():.4g}",
         ]
-        for family, kinds in self.metadata.get("returns", {}).items():
+        if self.encoder_level:
+            lines.append(f"  encoder of level {self.encoder_level}, {len(self.encoder)} tensors")
+        for family, kinds in (self.metadata.get("returns") or {}).items():
             for kind, entry in kinds.items():
+                ci95 = "" if entry.get("ci95") is None else f" ± {entry['ci95']:.1f}"
                 lines.append(
-                    f"  return {entry['mean']:.1f} ± {entry['ci95']:.1f} ({family}, {kind}, "
+                    f"  return {entry['mean']:.1f}{ci95} ({family}, {kind}, "
                     f"{entry['learners']} fresh learners × {entry['episodes']} episodes)"
                 )
-        for key in ("env_steps", "seed", "created", "license"):
+        for key in ("step_rule", "env_steps", "seed", "created", "license"):
             if key in self.metadata:
                 lines.append(f"  {key}: {self.metadata[key]}")
-        return "\n".join(lines)
+        # A file may say anything at any length; what is shown stays on a screen.
+        return "\n".join(line[:160] for line in lines[:40])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write format 1, atomically: a reader finds the old file or the whole new one."""
@@ -170,12 +230,13 @@ class DistilledDataset:
             "action_type": self.action_type,
             "loss": "mse",
             "steps": "1",
-            "observation_clip": repr(self.observation_clip),
+            "observation_clip": repr(float(self.observation_clip)),
             "step_rule": "sgd",
             "encoder_level": "0",
         }
         for key, value in self.metadata.items():
-            entries[key] = json.dumps(value) if key in JSON_KEYS else str(value)
+            entries[key] = json.dumps(value, allow_nan=False) if key in JSON_KEYS else str(value)
+        _check_size(entries)
         content = save({name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}, entries)
         return write_atomically(path, content)
 
@@ -205,82 +266,112 @@ def zoo() -> dict[str, Path]:
 
 
 def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
-    """A distilled dataset from the zoo (``load("ant")``) or from a file.
+    """A distilled dataset from the zoo (``load("ant")``) or from a file. Nothing in the file is executed.
 
     Raises:
-        DatasetError: the file is missing, broken, of an unknown format, or its content is not what format 1 says.
+        DatasetError: the file is missing, broken, of an unknown format, or its content is not what format 1 says; one
+            line.
     """
-    from safetensors import SafetensorError, safe_open
-
     shipped = zoo()
     path = shipped.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise DatasetError(f"{name_or_path}: no such file, and not in the zoo ({', '.join(shipped) or 'empty'})")
+    try:
+        if not path.exists():
+            raise DatasetError(f"no such file, and not in the zoo ({', '.join(shipped) or 'empty'})")
+        if not path.is_file():
+            raise DatasetError("not a file")
+        return _from_file(*_read(path))
+    except (DatasetError, OSError) as error:
+        raise DatasetError(f"{_plain(str(path))}: {_plain(str(error))[:300]}") from None
+    except RecursionError:
+        raise DatasetError(_plain(f"{path}: metadata nested too deeply")) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise DatasetError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
-    try:
-        return _from_file(tensors, metadata)
-    except DatasetError as error:
-        raise DatasetError(f"{path}: {error}") from None
+            # Copies: the file is mapped into memory, and may be replaced or cut while the dataset is in use.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
+    except Exception as error:  # which ones a broken file can provoke is the library's business
+        raise DatasetError(f"not a readable safetensors file ({error})") from None
 
 
 def _from_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> DistilledDataset:
-    if metadata.get("format") != FORMAT:
-        raise DatasetError(f"format={metadata.get('format')!r}: this version reads {FORMAT!r}")
-    for key, allowed in (("loss", "mse"), ("steps", "1")):
-        if metadata.get(key) != allowed:
-            raise DatasetError(f"{key}={metadata.get(key)!r}: format {FORMAT} allows {allowed!r}")
-    required = {"observations", "targets", "learning_rate", "observation_mean", "observation_std"}
-    missing = sorted(required - tensors.keys())
-    if missing:
-        raise DatasetError(f"tensors missing: {', '.join(missing)}")
-    unknown = sorted(tensors.keys() - required - {"log_std"})
-    if unknown:
-        raise DatasetError(f"tensors of an unknown meaning: {', '.join(unknown)}")
-    for key in ("env", "action_type", "observation_clip"):
-        if key not in metadata:
-            raise DatasetError(f"metadata missing: {key}")
-    extra: dict[str, Any] = {key: metadata[key] for key in TEXT_KEYS if key in metadata}
-    for key in JSON_KEYS:
-        if key in metadata:
-            extra[key] = _json(key, metadata[key], dict | list if key == "learners" else dict)
-    try:
-        clip = float(metadata["observation_clip"])
-    except ValueError:
-        raise DatasetError(f"observation_clip={metadata['observation_clip']!r}: expected a number") from None
-    _check_returns(extra.get("returns", {}))
+    _check_size(metadata)
+    for key, allowed in (("format", FORMAT), ("loss", "mse"), ("steps", "1")):
+        _require(metadata.get(key) == allowed, f"{key}={metadata.get(key)!r}: this version reads {allowed!r}")
+    missing = [name for name in REQUIRED if name not in tensors]
+    _require(not missing, f"tensors missing: {', '.join(missing)}")
+    unknown = sorted(name for name in tensors if name not in REQUIRED + OPTIONAL and not name.startswith(ENCODER))
+    _require(not unknown, f"tensors of an unknown meaning: {', '.join(unknown)}")
+    missing = [key for key in FIELD_KEYS if key not in metadata]
+    _require(not missing, f"metadata missing: {', '.join(missing)}")
     return DistilledDataset(
-        **tensors,
+        **_as_fields(tensors),
         env=metadata["env"],
         action_type=metadata["action_type"],  # type: ignore[arg-type]
-        observation_clip=clip,
-        metadata=extra,
+        observation_clip=_parse("observation_clip", metadata["observation_clip"], float),
+        metadata={key: _entry(key, text) for key, text in metadata.items() if key not in FIELD_KEYS},
     )
 
 
-def _json(key: str, text: str, kind: Any) -> Any:
+def _check_size(metadata: dict[str, str]) -> None:
+    size = sum(len(key) + len(text) for key, text in metadata.items())
+    _require(size <= METADATA_LIMIT, f"metadata: {size:,} characters, allowed are {METADATA_LIMIT:,}")
+
+
+def _as_fields(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Tensors by their names in the file as arguments of ``DistilledDataset``."""
+    fields: dict[str, Any] = {name: value for name, value in tensors.items() if not name.startswith(ENCODER)}
+    fields["encoder"] = {
+        name.removeprefix(ENCODER): value for name, value in tensors.items() if name.startswith(ENCODER)
+    }
+    return fields
+
+
+def _entry(key: str, text: str) -> Any:
+    if key in JSON_KEYS:
+        return _parse(key, text, json.loads)
+    return _parse(key, text, int) if key in INTEGER_KEYS else text
+
+
+def _parse(key: str, text: str, parse: Any) -> Any:
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        raise DatasetError(f"{key}: not JSON") from None
-    if not isinstance(value, kind):
-        raise DatasetError(f"{key}: a JSON {type(value).__name__}, which it cannot be")
-    return value
+        return parse(text)
+    except ValueError:  # also of a number too long to read
+        kind = "JSON" if parse is json.loads else f"a number ({parse.__name__})"
+        raise DatasetError(f"{key}={text[:40]!r}: expected {kind}") from None
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise DatasetError(message)
+
+
+def _plain(value: Any, keep: str = "") -> Any:
+    """A JSON value whose texts hold printable characters alone (others escaped) and whose numbers are finite or None."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(entry, keep) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, keep) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_returns(returns: dict[str, Any]) -> None:
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and abs(value) < 1e300
+
     for family, kinds in returns.items():
-        for kind, entry in kinds.items() if isinstance(kinds, dict) else [(None, None)]:
-            numbers = (
-                [entry.get(name) for name in ("mean", "ci95", "learners", "episodes")]
-                if isinstance(entry, dict)
-                else []
-            )
-            if kind not in ("sampled", "greedy") or not numbers or not all(isinstance(x, int | float) for x in numbers):
-                raise DatasetError(
-                    f"returns[{family!r}]: expected {{sampled|greedy: {{mean, ci95, learners, episodes}}}}"
-                )
+        valid = isinstance(kinds, dict) and all(
+            kind in ("sampled", "greedy")
+            and isinstance(entry, dict)
+            and all(number(entry.get(name)) for name in ("mean", "learners", "episodes"))
+            and (entry.get("ci95") is None or number(entry["ci95"]))
+            for kind, entry in kinds.items()
+        )
+        expected = "{sampled|greedy: {mean, ci95, learners, episodes}}"
+        _require(valid, f"returns[{family!r}]: expected {expected}")

@@ -1,25 +1,45 @@
 """Evaluation: fresh learners are drawn, taught by one step, and play whole episodes.
 
-One implementation behind the callbacks, the command line and the API.
+One implementation behind the callbacks, the command line and the API. The protocol:
+
+- each fresh learner plays a fixed number of episodes to their end, so short ones count no more than long ones;
+- learners, start states and actions follow from a seed and never from training's;
+- families, controls and sampled or greedy actions are compared on the same start states;
+- statistics are over learners, since they are what is drawn afresh.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_threads, stream_seed
-from .learners import MLP, LearnerFamily, Params
-from .policies import action_distribution
-from .teaching import sgd_step
+from .envs.variations import Variation, make_varied_env
+from .learners import LearnerFamily, family_from
+from .teaching import StackedPolicy, keep_random_state, teach_many
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
+
+Kind = Literal["sampled", "greedy"]
+
+#: Rows of a table of returns that are no held-out family.
+IN_DISTRIBUTION = "in-distribution"
+UNTAUGHT = "control: untaught"
+SHUFFLED = "control: shuffled targets"
+
+#: Seeds of evaluations. A dataset is chosen by validation, so what is reported of it comes from another seed: by default
+#: that of the test at a run's end, whose returns the file states.
+VALIDATION_SEED, TEST_SEED = 0, 1
+
+BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -44,16 +64,22 @@ class Evaluation:
         return self.per_learner.std().item() if len(self.returns) > 1 else 0.0
 
     @property
-    def ci95(self) -> float:
-        """Half width of the 95 % confidence interval of the mean, by the bootstrap over learners (Efron 1979)."""
-        if len(self.returns) < 2:
-            return math.inf
-        generator = torch.Generator().manual_seed(0)
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the mean, by the percentile bootstrap over learners (Efron 1979)."""
         n = len(self.returns)
-        draws = torch.randint(n, (2000, n), generator=generator)
+        if n < 2:
+            return -math.inf, math.inf
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randint(n, (BOOTSTRAP_DRAWS, n), generator=generator)
         means = self.per_learner.cpu()[draws].mean(1)
-        low, high = means.quantile(torch.tensor([0.025, 0.975]))
-        return ((high - low) / 2).item()
+        low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+        return low, high
+
+    @property
+    def ci95(self) -> float:
+        """Half the width of the 95 % confidence interval; infinite for one learner."""
+        low, high = self.interval
+        return (high - low) / 2
 
     @property
     def iqm(self) -> float:
@@ -67,6 +93,10 @@ class Evaluation:
         """The worst learner's mean return."""
         return self.per_learner.min().item()
 
+    def share(self, reference: Evaluation) -> float:
+        """Mean return as a share of another's; NaN if that is not positive, as a share of a loss says nothing."""
+        return self.mean / reference.mean if reference.mean > 0 else math.nan
+
     def as_dict(self) -> dict[str, Any]:
         names = ("mean", "std", "ci95", "iqm", "worst")
         values = {name: getattr(self, name) for name in names}
@@ -78,9 +108,11 @@ class Evaluator:
 
     Args:
         spec: the environment.
-        learners, episodes: fresh learners, and episodes of each. All run in parallel, one environment each.
+        learners: fresh learners of one evaluation.
+        episodes: of each of them. All run in parallel, one environment each (of MuJoCo: about 1 MB each).
         backend, threads: as in :func:`lightning_distill.envs.make_env`.
         device: where learners are taught and run.
+        variation: changes to the environment; it is then simulated by Gymnasium, in this process.
     """
 
     def __init__(
@@ -91,12 +123,16 @@ class Evaluator:
         backend: Backend = "auto",
         threads: int = 2,
         device: torch.device | str = "cpu",
+        variation: Variation | None = None,
     ) -> None:
         for name, value in (("learners", learners), ("episodes", episodes)):
             if value < 1:
                 raise ConfigError(f"{name}={value}: allowed are integers ≥ 1")
+        if variation and backend not in ("auto", "gymnasium"):
+            raise ConfigError(f"backend={backend!r} with a variation: allowed are auto, gymnasium")
         self.spec, self.learners, self.episodes, self.device = spec, learners, episodes, torch.device(device)
         self.options = {"backend": backend, "threads": threads, "device": device}
+        self.variation = variation
         self.env: EnvBase | None = None
 
     def close(self) -> None:
@@ -105,7 +141,12 @@ class Evaluator:
             self.env = None
 
     def __call__(
-        self, dataset: DistilledDataset, family: LearnerFamily, greedy: bool = False, seed: int = 0
+        self,
+        dataset: DistilledDataset,
+        family: LearnerFamily,
+        greedy: bool = False,
+        seed: int = TEST_SEED,
+        taught: bool = True,
     ) -> Evaluation:
         """Teach fresh learners of a family and let them play; the caller's random state is left as it was.
 
@@ -113,42 +154,42 @@ class Evaluator:
             dataset: what they are taught on.
             family: what they are drawn from.
             greedy: largest logit or mean action, instead of sampled actions.
-            seed: of learners, start states and actions; disjoint from every training seed.
+            seed: of learners, start states and actions; never one of training's. Another one is another sample.
+            taught: False lets them play as they were drawn, for comparison.
         """
         check_matches(dataset, self.spec)
-        devices = [self.device] if self.device.type == "cuda" else []
-        # torch.func needs ordinary tensors, which a surrounding inference mode would not give.
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+        # Environments outlive this call: nothing in them may be a tensor of a caller's inference mode.
+        with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad():
             torch.manual_seed(stream_seed(seed, 1, evaluation=True))
-            dataset = dataset.to(self.device)
-            params = family.draw(self.learners, self.spec.observation_shape, self.spec.actions, self.device)
-            params = sgd_step(family.forward, params, dataset.observations, dataset.targets, dataset.learning_rate)
+            if taught:
+                policy = teach_many(family, dataset, self.learners, device=self.device)
+            else:
+                fresh = family.draw(self.learners, dataset.observation_shape, dataset.outputs, self.device)
+                policy = StackedPolicy(family.forward, fresh, dataset.to(self.device))
             env = self._env(stream_seed(seed, 2, evaluation=True))
             with simulator_threads(env):
-                return Evaluation(self._play(env, dataset, family, params, greedy), greedy)
+                return Evaluation(self._play(env, policy, greedy), greedy)
 
     def _env(self, seed: int) -> EnvBase:
         if self.env is None:
-            self.env = make_env(self.spec, self.learners * self.episodes, seed, **self.options)
+            count = self.learners * self.episodes
+            if self.variation:
+                self.env = make_varied_env(self.spec, count, seed, self.variation)
+            else:
+                self.env = make_env(self.spec, count, seed, **self.options)
         else:
             self.env.set_seed(seed)
         return self.env
 
-    def _play(
-        self, env: EnvBase, dataset: DistilledDataset, family: LearnerFamily, params: Params, greedy: bool
-    ) -> Tensor:
+    def _play(self, env: EnvBase, policy: StackedPolicy, greedy: bool) -> Tensor:
+        """Returns [learners, episodes] of whole episodes."""
         state = env.reset()
         count = len(state)
         returns = torch.zeros(count, dtype=torch.float64)
         playing = torch.ones(count, dtype=torch.bool)
         while playing.any():
-            observation = dataset.normalise(state["observation"].to(self.device).float())
-            output = family.forward(params, observation.unflatten(0, (self.learners, self.episodes))).flatten(0, 1)
-            if greedy:
-                action = output.argmax(-1) if dataset.log_std is None else output
-            else:
-                action = action_distribution(output, dataset.log_std).sample()
-            state["action"] = action.to(env.device)
+            observation = state["observation"].to(self.device).unflatten(0, (self.learners, self.episodes))
+            state["action"] = policy(observation, sample=not greedy).flatten(0, 1).to(env.device)
             step, state = env.step_and_maybe_reset(state)
             # An environment that has finished goes on with another episode, which does not count.
             returns += step["next", "reward"].squeeze(-1).cpu() * playing
@@ -167,6 +208,33 @@ def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:
         )
 
 
+def trained_family(dataset: DistilledDataset) -> LearnerFamily:
+    """The (first) family that the dataset was distilled with; the paper's where the dataset does not say.
+
+    Raises:
+        ConfigError: it was no MLP. A file cannot name code that is then run, so that family has to be given.
+    """
+    described = dataset.metadata.get("learners") or [{"class_path": "lightning_distill.MLP"}]
+    try:
+        return family_from(described[0])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(f"family: the dataset's own cannot be built ({error}); give one") from None
+
+
+def shuffle_targets(dataset: DistilledDataset, seed: int = TEST_SEED) -> DistilledDataset:
+    """The same dataset with the targets permuted over the pairs so that none keeps its own (a control).
+
+    Raises:
+        ConfigError: a single pair has nothing to be exchanged with.
+    """
+    if dataset.pairs < 2:
+        raise ConfigError("shuffled targets: needs a dataset of at least 2 pairs")
+    order = torch.randperm(dataset.pairs, generator=torch.Generator().manual_seed(seed))
+    targets = torch.empty_like(dataset.targets)
+    targets[order] = dataset.targets[order.roll(1)]  # one cycle through all pairs: no fixed point
+    return dataclasses.replace(dataset, targets=targets)
+
+
 def evaluate(
     dataset: DistilledDataset,
     env: str | None = None,
@@ -175,8 +243,9 @@ def evaluate(
     learners: int = 100,
     episodes: int = 1,
     greedy: bool = False,
-    seed: int = 0,
+    seed: int = TEST_SEED,
     env_kwargs: dict[str, Any] | None = None,
+    variation: Variation | None = None,
     backend: Backend = "auto",
     threads: int = 2,
     device: torch.device | str = "cpu",
@@ -186,20 +255,81 @@ def evaluate(
     Args:
         dataset: from :func:`lightning_distill.load`.
         env: another environment id than the dataset's own (its shapes must agree).
-        family: what learners are drawn from; default: the paper's, MLP 64-64 tanh.
+        family: what learners are drawn from; default: what the dataset was distilled with.
         learners, episodes, greedy, seed: see :class:`Evaluator`.
         env_kwargs: arguments of the environment; default: the dataset's own.
+        variation, backend, threads, device: see :class:`Evaluator`.
+
+    Raises:
+        ConfigError: an option cannot work with this dataset and environment; the message names it.
+    """
+    kind: Kind = "greedy" if greedy else "sampled"
+    families = {IN_DISTRIBUTION: family or trained_family(dataset)}
+    table = evaluate_all(
+        dataset,
+        families,
+        env=env,
+        kinds=(kind,),
+        controls=False,
+        learners=learners,
+        episodes=episodes,
+        seed=seed,
+        env_kwargs=env_kwargs,
+        variation=variation,
+        backend=backend,
+        threads=threads,
+        device=device,
+    )
+    return table[IN_DISTRIBUTION][kind]
+
+
+def evaluate_all(
+    dataset: DistilledDataset,
+    families: Mapping[str, LearnerFamily] | None = None,
+    *,
+    controls: bool = True,
+    kinds: Sequence[Kind] = ("sampled", "greedy"),
+    env: str | None = None,
+    learners: int = 100,
+    episodes: int = 1,
+    seed: int = TEST_SEED,
+    env_kwargs: dict[str, Any] | None = None,
+    variation: Variation | None = None,
+    backend: Backend = "auto",
+    threads: int = 2,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, Evaluation]]:
+    """The whole table: {row: {sampled|greedy: evaluation}}, a row for each family and for each control.
+
+    Args:
+        dataset: from :func:`lightning_distill.load`.
+        families: name → family; the first is the one controls are drawn from. Default: the one that the dataset was
+            distilled with, as ``in-distribution``.
+        controls: add rows of learners that were not taught, and of learners taught on shuffled targets (two pairs or
+            more): the same learners on the same start states.
+        kinds: of actions.
+        env, learners, episodes, seed, env_kwargs, variation, backend, threads, device: see :func:`evaluate`.
     """
     spec = env_spec(env or dataset.env, dataset.env_kwargs if env_kwargs is None else env_kwargs)
-    evaluator = Evaluator(spec, learners, episodes, backend, threads, device)
+    families = families or {IN_DISTRIBUTION: trained_family(dataset)}
+    rows = {name: (dataset, family, True) for name, family in families.items()}
+    if controls:
+        first = next(iter(families.values()))
+        rows[UNTAUGHT] = (dataset, first, False)
+        if dataset.pairs > 1:
+            rows[SHUFFLED] = (shuffle_targets(dataset, seed), first, True)
+    evaluator = Evaluator(spec, learners, episodes, backend, threads, device, variation)
     try:
-        return evaluator(dataset, family or MLP(), greedy, seed)
+        return {
+            name: {kind: evaluator(pairs, family, kind == "greedy", seed, taught) for kind in kinds}
+            for name, (pairs, family, taught) in rows.items()
+        }
     finally:
         evaluator.close()
 
 
 def as_returns(evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{family: {sampled|greedy: evaluation}} as the ``returns`` entry of a dataset's metadata."""
+    """{row: {sampled|greedy: evaluation}} as the ``returns`` entry of a dataset's metadata."""
 
     def plain(evaluation: Evaluation) -> dict[str, Any]:
         return {key: value for key, value in evaluation.as_dict().items() if key != "greedy"}

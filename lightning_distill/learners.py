@@ -2,22 +2,29 @@
 
 A family answers two questions: how K learners are drawn (``draw``) and how K stacked learners map K batches of
 observations to action logits or means (``forward``). Parameters are a dict of tensors whose first dimension is K, so that
-one call teaches, runs or differentiates all K learners.
+one call teaches, runs or differentiates all K learners. What no step changes (buffers, frozen parameters) is in the same
+dict under names that begin with ``FIXED``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = dict[str, Tensor]
 Forward = Callable[[Params, Tensor], Tensor]
+
+#: Marks, in the names of ``Params``, a buffer or a frozen parameter.
+FIXED = "fixed:"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -30,11 +37,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LearnerFamily(ABC):
-    """A distribution over learners: an architecture and how it is initialised."""
+    """A distribution over learners: an architecture and how it is initialised.
+
+    ``forward`` depends on its arguments alone, so that several draws of one family can be in use at once.
+    """
 
     @abstractmethod
     def draw(self, learners: int, observation_shape: Sequence[int], outputs: int, device: Any = "cpu") -> Params:
-        """Parameters of ``learners`` fresh learners, each tensor [learners, …]. Uses torch's global random state."""
+        """Parameters of ``learners`` fresh learners, each tensor [learners, …].
+
+        Uses torch's global random state. Buffers and frozen parameters have the prefix ``FIXED``.
+        """
 
     @abstractmethod
     def forward(self, params: Params, observations: Tensor) -> Tensor:
@@ -137,28 +150,91 @@ class MLP(LearnerFamily):
 class ModuleFamily(LearnerFamily):
     """Any ``nn.Module`` as a family: a fresh one is built for each learner, and K of them are run by ``vmap``.
 
+    Learners are taught and act in evaluation mode, as in :func:`lightning_distill.teach`.
+
     Args:
         factory: called as ``factory(observation_shape, outputs)``; returns a module that maps observations
-            [B, *observation_shape] to [B, outputs], initialised at random. By class path in a config.
+            [B, *observation_shape] to [B, outputs], initialised at random, of the same architecture at each call. By
+            class path in a config.
     """
 
     def __init__(self, factory: Callable[[Sequence[int], int], nn.Module]) -> None:
         self.factory = factory
+        # One for each shape of learner ever drawn: it holds the architecture alone, so old draws stay valid.
+        self._skeletons: dict[frozenset, nn.Module] = {}
 
     def draw(self, learners: int, observation_shape: Sequence[int], outputs: int, device: Any = "cpu") -> Params:
         modules = [self.factory(tuple(observation_shape), outputs) for _ in range(learners)]
-        params, buffers = torch.func.stack_module_state(modules)
-        self._buffers = {name: value.to(device) for name, value in buffers.items()}
-        self._skeleton = modules[0].to("meta")
-        return {name: value.detach().to(device) for name, value in params.items()}
+        skeleton, params = stack_modules(modules)
+        self._skeletons[_shapes(params)] = skeleton
+        return {name: value.to(device) for name, value in params.items()}
 
     def forward(self, params: Params, observations: Tensor) -> Tensor:
-        def one(params: Params, buffers: Params, observations: Tensor) -> Tensor:
-            return torch.func.functional_call(self._skeleton, (params, buffers), (observations,))
-
-        return torch.func.vmap(one, randomness="different")(params, self._buffers, observations)
+        return run_stacked(self._skeletons[_shapes(params)], params, observations)
 
     def describe(self) -> dict[str, Any]:
         made = self.factory
         name = f"{getattr(made, '__module__', '?')}.{getattr(made, '__qualname__', type(made).__name__)}"
         return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": name}}
+
+
+def stack_modules(modules: Sequence[nn.Module]) -> tuple[nn.Module, Params]:
+    """K modules of one architecture as parameters [K, …], copied, and a module in evaluation mode to run them with.
+
+    Raises:
+        ValueError: their parameters differ in name or shape.
+    """
+    states = [
+        {FIXED * (not parameter.requires_grad) + name: parameter for name, parameter in module.named_parameters()}
+        | {FIXED + name: buffer for name, buffer in module.named_buffers()}
+        for module in modules
+    ]
+    for index, state in enumerate(states):
+        for name in states[0].keys() | state.keys():
+            first, this = (s[name].shape if name in s else None for s in (states[0], state))
+            if first != this:
+                raise ValueError(f"modules of one architecture are needed: {name} is {first} in 0, {this} in {index}")
+    params = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
+    return copy.deepcopy(modules[0]).eval(), params
+
+
+def run_stacked(skeleton: nn.Module, params: Params, observations: Tensor) -> Tensor:
+    """Outputs [K, B, d] of K stacked modules for observations [K, B, *obs]; both as ``stack_modules`` returns them."""
+
+    def run_one(params: Params, observations: Tensor) -> Tensor:
+        state = {name.removeprefix(FIXED): value for name, value in params.items()}
+        return torch.func.functional_call(skeleton, state, (observations,))
+
+    with _differentiable_attention():
+        return torch.func.vmap(run_one, randomness="different")(params, observations)
+
+
+@contextlib.contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Attention in plain operations: the fused ones know neither ``torch.func``'s batches nor second derivatives."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _shapes(params: Params) -> frozenset:
+    return frozenset((name, value.shape[1:]) for name, value in params.items())
+
+
+def family_from(description: Mapping[str, Any]) -> LearnerFamily:
+    """The family that ``describe`` described. Of a file's words only ``lightning_distill.MLP`` is built, nothing imported.
+
+    Raises:
+        ValueError: any other class, or arguments it does not take.
+    """
+    path, arguments = description.get("class_path"), description.get("init_args", {})
+    if path != "lightning_distill.MLP":
+        raise ValueError(f"class_path={path!r}: from a description only 'lightning_distill.MLP' is built")
+    try:
+        return MLP(**arguments)
+    except TypeError as error:
+        raise ValueError(f"init_args={arguments!r}: not accepted by MLP ({error})") from None

@@ -13,7 +13,7 @@ from .envs import EnvSpec
 
 
 def action_distribution(output: Tensor, log_std: Tensor | None) -> Distribution:
-    """Categorical over logits (``log_std`` None), or a diagonal Gaussian whose log-probability is of the joint action."""
+    """Categorical over logits (``log_std`` None), or a diagonal Gaussian with log-probabilities of the joint action."""
     if log_std is None:
         return Categorical(logits=output, validate_args=False)
     return Independent(Normal(output, log_std.exp(), validate_args=False), 1, validate_args=False)

@@ -17,7 +17,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .envs import ConfigError, EnvSpec, stream_seed
 from .learners import MLP, LearnerFamily, Params
@@ -35,6 +35,16 @@ OBSERVATION_CLIP = 10.0
 EPISODES_LOGGED = 100
 
 
+class LinearAnneal(LambdaLR):
+    """From the optimiser's learning rate down to ``final`` times it over ``iterations``.
+
+    The number of iterations is not part of its state: a run that is resumed for longer anneals over its new length.
+    """
+
+    def __init__(self, optimizer: Optimizer, iterations: int, final: float = 0.0) -> None:
+        super().__init__(optimizer, lambda step: 1 - (1 - final) * min(step / iterations, 1.0))
+
+
 class PPO(L.LightningModule):
     """Proximal policy optimisation of one policy's weights, one rollout a batch.
 
@@ -45,14 +55,17 @@ class PPO(L.LightningModule):
     Args:
         spec: the environment; linked from the data module by the command line.
         family: what the policy is drawn from (default: the paper's learner, MLP 64-64 tanh orthogonal).
-        gamma: discount γ. gae_lambda: λ of generalised advantage estimation.
+        gamma: discount γ.
+        gae_lambda: λ of generalised advantage estimation.
         clip: ε of the clipped surrogate.
         target_kl: when a minibatch's approximate KL divergence from the acting policy exceeds this, the actor is left
             alone for the rest of the iteration; the critic goes on.
         entropy_coef: weight of the entropy bonus.
-        epochs: passes over a rollout. minibatches: parts of one pass.
+        epochs: passes over a rollout.
+        minibatches: parts of one pass.
         max_grad_norm: gradients are clipped to this norm, actor and critic each.
-        optimizer: of the actor, called with its parameters. critic_optimizer: of the critic.
+        optimizer: of the actor, called with its parameters.
+        critic_optimizer: of the critic, called with its parameters.
         scheduler: called with an optimiser and the number of iterations; stepped once an iteration, for both.
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
@@ -72,11 +85,14 @@ class PPO(L.LightningModule):
         max_grad_norm: PositiveFloat = 0.5,
         optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=2.5e-3, eps=1e-5),
         critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-5),
-        scheduler: Callable[[Optimizer, int], LRScheduler] = torch.optim.lr_scheduler.PolynomialLR,
+        scheduler: Callable[[Optimizer, int], LRScheduler] = LinearAnneal,
         log_std: float = -0.5,
         log_std_min: float = -3.0,
     ) -> None:
         super().__init__()
+        # The command line gives plain values, all of which a checkpoint can hold; objects given in Python stay outside.
+        objects = ("spec", "family", "optimizer", "critic_optimizer", "scheduler")
+        self.save_hyperparameters(ignore=() if isinstance(spec, dict) else objects)
         self.automatic_optimization = False
         self.spec = spec if isinstance(spec, EnvSpec) else EnvSpec(**spec)
         self.family = family or MLP()
@@ -159,7 +175,7 @@ class PPO(L.LightningModule):
         return {name: tensor.unflatten(0, (self.learners, -1)).flatten(1, 2) for name, tensor in samples.items()}
 
     def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards divided by the running standard deviation of discounted returns; also collects episode returns."""
+        """Rewards over the running standard deviation of discounted returns; also collects episode returns."""
         if self._running is None or self._running.shape[1] != len(reward):
             self._running = reward.new_zeros(2, len(reward))
         sums = discounted_sums(reward, done, self._running, reward.new_tensor([self.gamma, 1.0]))
@@ -262,6 +278,10 @@ class PPO(L.LightningModule):
         saved = checkpoint.get("env")
         if saved is not None and saved["id"] != self.spec.id:
             raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={self.spec.id!r}")
+        # A finished run goes on where data.env_steps was raised: its last batch was the last only then.
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if progress is not None:
+            progress["is_last_batch"] = False
 
     def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
         now = time.monotonic()

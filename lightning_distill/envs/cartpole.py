@@ -119,29 +119,39 @@ class CartPole(EnvBase):
 
 
 class GymnasiumCartPole(gymnasium.Env):
-    """The same environment for everybody else: ``gymnasium.make("CartPole3D-v0")``, one at a time, float64 inside."""
+    """The same environment for everybody else: ``gymnasium.make("CartPole3D-v0")``, one at a time, float64 inside.
 
-    metadata = {"render_modes": [], "render_fps": 50}
+    ``render_mode="rgb_array"`` draws the cart-poles under one another, with the last push as an arrow.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
 
     def __init__(self, dimensions: int = 1, render_mode: str | None = None) -> None:
         self.dimensions, self.render_mode = dimensions, render_mode
         high = np.tile(np.array([2 * MAX_POSITION, np.inf, 2 * MAX_ANGLE, np.inf], dtype=np.float32), dimensions)
         self.observation_space = gymnasium.spaces.Box(-high, high, dtype=np.float32)
         self.action_space = gymnasium.spaces.Discrete(2 * dimensions)
-        self.state = np.zeros((dimensions, 4))
+        self.state, self.force = np.zeros((dimensions, 4)), np.zeros(dimensions)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self.state = self.np_random.uniform(-START, START, size=(self.dimensions, 4))
+        self.force = np.zeros(self.dimensions)
         return self.state.astype(np.float32).ravel(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         if not self.action_space.contains(action):
             raise ValueError(f"action={action!r}: allowed are 0 … {2 * self.dimensions - 1}")
-        force = np.zeros(self.dimensions)
-        force[action // 2] = FORCE if action % 2 else -FORCE
-        self.state = np.stack(advance(*self.state.T, force, np), axis=-1)
+        self.force = np.zeros(self.dimensions)
+        self.force[action // 2] = FORCE if action % 2 else -FORCE
+        self.state = np.stack(advance(*self.state.T, self.force, np), axis=-1)
         terminated = bool(
             np.any(np.abs(self.state[:, 0]) > MAX_POSITION) or np.any(np.abs(self.state[:, 2]) > MAX_ANGLE)
         )
         return self.state.astype(np.float32).ravel(), 1.0, terminated, False, {}
+
+    def render(self) -> np.ndarray | None:
+        """The present state as a frame [176 N, 608, 3], uint8; None unless ``render_mode`` is ``rgb_array``."""
+        from .rendering import draw_cart_poles
+
+        return draw_cart_poles(self.state, self.force) if self.render_mode == "rgb_array" else None

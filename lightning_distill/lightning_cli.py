@@ -1,0 +1,81 @@
+"""``fit``, ``validate`` and ``test``: LightningCLI with this project's parts in it."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from importlib.resources import files
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from .callbacks import ExportDataset, HeldOutLearners, RunReport
+from .data import CollectorDataModule
+from .envs import EnvSpec
+from .meta_ppo import MetaPPO
+
+
+class DistillCLI(LightningCLI):
+    """``fit``, ``validate`` and ``test``; a finished ``fit`` is followed by a ``test`` of the best checkpoint."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The defaults are the first of the config files, so that their interpolations see what later ones say."""
+        given = list(sys.argv[1:] if args is None else args)
+        if given and given[0] in self.subcommands():
+            given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
+        self.config = parser.parse_args(given)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(HeldOutLearners, "held_out")
+        parser.add_lightning_class_args(ExportDataset, "export")
+        parser.add_lightning_class_args(RunReport, "report")
+        parser.link_arguments("data.spec", "model.spec", compute_fn=EnvSpec.as_dict, apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        if not _logged_in_to_wandb():
+            os.environ.setdefault("WANDB_MODE", "offline")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:
+            if isinstance(callback, ExportDataset):
+                callback.config = self.parser.dump(self.config)
+        return trainer
+
+    def after_fit(self) -> None:
+        trainer = self.trainer
+        if trainer.interrupted or trainer.fast_dev_run:
+            return
+        best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
+
+
+def _logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse and carry out ``fit``, ``validate`` or ``test``; ``args`` default to the process's own."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    omegaconf = {"parser_mode": "omegaconf+"}
+    DistillCLI(
+        MetaPPO,
+        CollectorDataModule,
+        parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
+        auto_configure_optimizers=False,
+        args=args,
+    )
