@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
-from .evaluation import Evaluation, Evaluator
+from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator
 from .learners import LearnerFamily
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchrl.collectors import Collector
 
 Stage = Literal["validate", "test"]
+SEEDS = {"validate": VALIDATION_SEED, "test": TEST_SEED}
 
 
 class CollectorDataModule(L.LightningDataModule):
@@ -87,7 +88,7 @@ class CollectorDataModule(L.LightningDataModule):
             device = self.trainer.lightning_module.device
             learners = 2 if self.trainer.fast_dev_run else self.learners[stage]
             self._evaluators[stage] = Evaluator(self.spec, learners, self.episodes, self.backend, self.threads, device)
-        return self._evaluators[stage](dataset, family, greedy, seed=["validate", "test"].index(stage))
+        return self._evaluators[stage](dataset, family, greedy, seed=SEEDS[stage])
 
     def teardown(self, stage: str) -> None:
         if self._rollouts is not None:

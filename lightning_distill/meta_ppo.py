@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from .dataset import DistilledDataset
 from .envs import ConfigError, EnvSpec
-from .evaluation import Evaluation
+from .evaluation import IN_DISTRIBUTION, Evaluation
 from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO
 from .synthetic import SyntheticBatch
 from .teaching import sgd_step
-
-IN_DISTRIBUTION = "in-distribution"
 
 
 class MetaPPO(PPO):

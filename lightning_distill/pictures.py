@@ -90,9 +90,9 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
     above = scene[0] if scene else 0.0
     figure = _figure(WIDTH, above + heat + 0.5)
     title = f"{dataset.env}: {dataset.pairs} pairs, learning rate {dataset.learning_rate.item():.3g}"
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     if note:
-        figure.supxlabel("\n".join(textwrap.wrap(note, 170)), fontsize="small")
+        figure.supxlabel("\n".join(textwrap.wrap(note, 170)), fontsize="small", parse_math=False)
     parts = [part for part in (above, heat) if part]
     halves = iter(figure.subfigures(len(parts), 1, height_ratios=parts, squeeze=False).flat)
     if scene:
@@ -140,7 +140,7 @@ def _heat_maps(figure: SubFigure, dataset: DistilledDataset) -> None:
         # A few extreme numbers would leave the others without colour.
         limit = max(values.abs().flatten().quantile(0.995, interpolation="higher").item(), 1e-6)
         image = axes.imshow(
-            values.cpu(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+            values.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
         )
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel(label)
@@ -246,7 +246,7 @@ def _draw_frames(figure: SubFigure, dataset: DistilledDataset, rows: int) -> Non
     likely = dataset.targets[:rows].softmax(-1)
     for pair, row in enumerate(panels):
         for channel, axes in enumerate(row[:-1]):
-            frame = dataset.observations[pair, channel].cpu()
+            frame = dataset.observations[pair, channel].cpu().numpy()
             axes.imshow(frame, cmap="gray", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
@@ -254,7 +254,7 @@ def _draw_frames(figure: SubFigure, dataset: DistilledDataset, rows: int) -> Non
                 axes.set_title(f"frame {channel}", fontsize="small")
         row[0].set_ylabel(f"pair {pair}", fontsize="small")
         values = likely[pair] if discrete else dataset.targets[pair]
-        row[-1].bar(range(len(values)), values.cpu(), color=PUSH)
+        row[-1].bar(range(len(values)), values.cpu().numpy(), color=PUSH)
         row[-1].tick_params(labelsize=6)
         row[-1].set_xticks(range(len(values)), names if pair == rows - 1 else [], rotation=90)
         if discrete:

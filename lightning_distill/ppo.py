@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .envs import ConfigError, EnvSpec, stream_seed
-from .learners import MLP, LearnerFamily, Params
+from .learners import FIXED, MLP, LearnerFamily, Params
 from .normalise import RunningMoments
 from .objectives import (
     approximate_kl,
@@ -333,7 +333,9 @@ class PolicyWeights(nn.Module):
         super().__init__()
         drawn = family.draw(1, spec.observation_shape, spec.actions)
         self.names = list(drawn)
-        self.weights = nn.ParameterList(drawn.values())
+        self.weights = nn.ParameterList(
+            nn.Parameter(value, requires_grad=not name.startswith(FIXED)) for name, value in drawn.items()
+        )
         self.noise = ActionNoise(spec, log_std, log_std_min)
 
     def params(self) -> Params:

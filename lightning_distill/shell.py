@@ -180,6 +180,7 @@ def list_zoo(json: bool = False) -> None:
     if not shipped:
         print("no datasets come with this package")
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -188,7 +189,7 @@ def list_zoo(json: bool = False) -> None:
     for name, (path, pairs) in shipped.items():
         first = next(iter((pairs.metadata.get("returns") or {}).values()), {})
         cells = [_with_interval(first[kind]) if kind in first else "" for kind in ("sampled", "greedy")]
-        table.add_row(name, pairs.env, str(pairs.pairs), f"{path.stat().st_size:,}", *cells)
+        table.add_row(name, escape(pairs.env), str(pairs.pairs), f"{path.stat().st_size:,}", *cells)
     console = _console()
     console.print(table)
     for name, (_, pairs) in shipped.items():

@@ -17,11 +17,12 @@ Evaluations = Mapping[str, Mapping[str, "Evaluation"]]
 
 def returns_table(title: str, evaluations: Evaluations) -> Table:
     """A row for each family and kind of action: mean ± 95 % CI, std, interquartile mean, worst learner, share."""
+    from rich.markup import escape
     from rich.table import Table
 
     first = next(iter(next(iter(evaluations.values())).values()))
     learners, episodes = first.returns.shape
-    table = Table(title=title, caption=f"{learners} fresh learners after one step, {episodes} episode(s) each")
+    table = Table(title=escape(title), caption=f"{learners} fresh learners after one step, {episodes} episode(s) each")
     for column in ("family", "actions"):
         table.add_column(column)
     for column in ("return ± 95 % CI", "std", "IQM", "worst"):
@@ -37,7 +38,7 @@ def returns_table(title: str, evaluations: Evaluations) -> Table:
             e = entry[kind]
             cells = [f"{e.mean:.1f} ± {e.ci95:.1f}", f"{e.std:.1f}", f"{e.iqm:.1f}", f"{e.worst:.1f}"]
             share = share_of[kind].get(family)
-            table.add_row(family, kind, *cells, *([] if share is None else [f"{share:.0%}"]))
+            table.add_row(escape(family), kind, *cells, *([] if share is None else [f"{share:.0%}"]))
     return table
 
 

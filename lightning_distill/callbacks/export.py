@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from ..dataset import write_atomically
 from ..envs import ConfigError
-from ..evaluation import as_returns
-from ..meta_ppo import IN_DISTRIBUTION, MetaPPO
+from ..evaluation import IN_DISTRIBUTION, as_returns
+from ..meta_ppo import MetaPPO
 
 
 class ExportDataset(L.Callback):
@@ -24,18 +24,20 @@ class ExportDataset(L.Callback):
         self.dirpath = dirpath
         self.best_return: float | None = None
         self.config = ""
-
-    def folder(self, trainer: L.Trainer) -> Path:
-        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        self.folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
-        folder = self.folder(trainer)
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        # Asked for here, on every process, as the answer is a broadcast.
+        self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        if trainer.fast_dev_run:
             return
         try:
-            write_atomically(folder / ".writable", b"").unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
-            raise ConfigError(f"output folder {str(folder)!r} is not writable: {error.strerror or error}") from error
+            raise ConfigError(
+                f"output folder {str(self.folder)!r} is not writable: {error.strerror or error}"
+            ) from error
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -57,7 +59,7 @@ class ExportDataset(L.Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         dataset = pl_module.distilled().with_metadata(returns=as_returns(pl_module.evaluations), config=self.config)
-        dataset.save(self.folder(trainer) / name)
+        dataset.save(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_return": self.best_return}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import lightning as L
 
+from ..evaluation import IN_DISTRIBUTION
 from ..learners import LearnerFamily
-from ..meta_ppo import IN_DISTRIBUTION, MetaPPO
+from ..meta_ppo import MetaPPO
 
 
 class HeldOutLearners(L.Callback):

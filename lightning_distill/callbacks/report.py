@@ -35,7 +35,7 @@ class RunReport(L.Callback):
         export = next((c for c in trainer.callbacks if isinstance(c, ExportDataset)), None)
         if export is None:
             return
-        folder = export.folder(trainer)
+        folder = export.folder
         if self.pictures:
             self._draw(folder, pl_module)
         console.print("Files:")

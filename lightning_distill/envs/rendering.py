@@ -45,18 +45,29 @@ def make_rendered(env: str, kwargs: dict[str, Any] | None = None) -> gymnasium.E
     else:
         _choose_opengl()
         made = _gymnasium_env(env, {**kwargs, "render_mode": "rgb_array"})
+    # What is left of a half-made viewer complains when it is deleted; the error says it already.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        problem = _why_not_drawn(made)
+    finally:
+        sys.unraisablehook = hook
+    if problem is not None:
+        with contextlib.suppress(Exception):
+            made.close()
+        advice = f". {NO_OPENGL}" if hasattr(made.unwrapped, "model") else ""
+        raise ConfigError(f"env={env!r} cannot be drawn here: {problem}{advice}")
+    return made
+
+
+def _why_not_drawn(made: gymnasium.Env) -> str | None:
     try:
         made.reset(seed=0)
         _follow(made.unwrapped)
         frame = made.render()
-        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise ValueError(f"it renders a {type(frame).__name__}, not a frame")
     except Exception as error:  # every backend fails in its own way
-        with contextlib.suppress(Exception):
-            made.close()
-        advice = f". {NO_OPENGL}" if hasattr(made.unwrapped, "model") else ""
-        raise ConfigError(f"env={env!r} cannot be drawn here: {error}{advice}") from error
-    return made
+        return str(error).rstrip(".") or type(error).__name__
+    drawn = isinstance(frame, np.ndarray) and frame.ndim == 3
+    return None if drawn else f"it renders a {type(frame).__name__}, not a frame"
 
 
 def _choose_opengl() -> None:
