@@ -1,4 +1,4 @@
-"""Learner families by name, for the command line."""
+"""Learner families by name, for configs and the command line."""
 
 from __future__ import annotations
 
@@ -61,3 +61,8 @@ def family_named(name: str) -> LearnerFamily:
     if callable(found):
         return ModuleFamily(found)
     raise ConfigError(f"family={name!r}: is a {type(found).__name__}, expected a LearnerFamily or an nn.Module factory")
+
+
+def as_family(family: LearnerFamily | str) -> LearnerFamily:
+    """A family, given itself or by what :func:`family_named` knows."""
+    return family_named(family) if isinstance(family, str) else family

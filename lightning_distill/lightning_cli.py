@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import sys
+import tempfile
+import warnings
 from importlib.resources import files
 from typing import Any
 
@@ -14,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from .callbacks import ExportDataset, HeldOutLearners, RunReport
 from .data import CollectorDataModule
-from .envs import EnvSpec
+from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
 
 
@@ -40,8 +43,29 @@ class DistillCLI(LightningCLI):
         parser.link_arguments("data.spec", "model.spec", compute_fn=EnvSpec.as_dict, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
+        # Advertising, and a notice for developers of Lightning itself; all other messages pass.
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+            lambda record: "litlogger" not in record.msg
+        )
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        root = self._get(self.config, "trainer").get("default_root_dir") or os.getcwd()
+        try:
+            os.makedirs(root, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+        except OSError as error:
+            raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What a class says of its own arguments comes wrapped in what the parser tried: the cause says it plainly.
+            cause = next((line for line in str(error).splitlines() if "allowed" in line), None)
+            if cause is None:
+                raise
+            raise ConfigError(cause.strip(" -")) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(**kwargs)

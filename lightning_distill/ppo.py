@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .envs import ConfigError, EnvSpec, stream_seed
-from .learners import FIXED, MLP, LearnerFamily, Params
+from .families import as_family
+from .learners import FIXED, LearnerFamily, Params
 from .normalise import RunningMoments
 from .objectives import (
     approximate_kl,
@@ -54,7 +55,7 @@ class PPO(L.LightningModule):
 
     Args:
         spec: the environment; linked from the data module by the command line.
-        family: what the policy is drawn from (default: the paper's learner, MLP 64-64 tanh orthogonal).
+        family: what learners are drawn from: a name (``paper``: MLP 64-64 tanh, orthogonal), or a family by class path.
         gamma: discount γ.
         gae_lambda: λ of generalised advantage estimation.
         clip: ε of the clipped surrogate.
@@ -74,7 +75,7 @@ class PPO(L.LightningModule):
     def __init__(
         self,
         spec: EnvSpec | dict[str, Any],
-        family: LearnerFamily | None = None,
+        family: LearnerFamily | str = "paper",
         gamma: ClosedUnitInterval = 0.99,
         gae_lambda: ClosedUnitInterval = 0.95,
         clip: PositiveFloat = 0.2,
@@ -95,7 +96,7 @@ class PPO(L.LightningModule):
         self.save_hyperparameters(ignore=() if isinstance(spec, dict) else objects)
         self.automatic_optimization = False
         self.spec = spec if isinstance(spec, EnvSpec) else EnvSpec(**spec)
-        self.family = family or MLP()
+        self.family = as_family(family)
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip, self.target_kl, self.entropy_coef = clip, target_kl, entropy_coef
         self.epochs, self.minibatches, self.max_grad_norm = epochs, minibatches, max_grad_norm

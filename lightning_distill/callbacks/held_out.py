@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 
+from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION
+from ..families import as_family
 from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
 
@@ -16,11 +19,25 @@ class HeldOutLearners(L.Callback):
     (where that is positive: a share of a negative return says nothing).
 
     Args:
-        families: name → family; any ``nn.Module`` factory through ``lightning_distill.ModuleFamily``.
+        families: names of families, or name → family; any ``nn.Module`` factory by class path, as ``package.Module`` or
+            through ``lightning_distill.ModuleFamily``.
     """
 
-    def __init__(self, families: dict[str, LearnerFamily] | None = None) -> None:
-        self.families = families or {}
+    def __init__(self, families: list[str] | dict[str, LearnerFamily | str] | None = None) -> None:
+        named = families if isinstance(families, dict) else {name: name for name in families or []}
+        self.families = {name: as_family(family) for name, family in named.items()}
+
+    def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+        spec = pl_module.spec
+        for name, family in self.families.items():
+            # Now rather than at the first validation, when a part of the run is done.
+            try:
+                params = family.draw(2, spec.observation_shape, spec.actions)
+                shape = tuple(family.forward(params, torch.zeros(2, 3, *spec.observation_shape)).shape)
+            except Exception as error:  # somebody else's module may raise anything
+                raise ConfigError(f"held_out.families: {name!r} cannot be drawn and run ({error})") from error
+            if shape != (2, 3, spec.actions):
+                raise ConfigError(f"held_out.families: {name!r} returns {shape[2:]}, expected ({spec.actions},)")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         for name, family in self.families.items():
