@@ -7,6 +7,7 @@ action = policy(observation)
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .dataset import DatasetError, DistilledDataset, load
@@ -40,6 +41,9 @@ __all__ = [
     "teach",
     "teach_many",
 ]
+
+if "gymnasium" in sys.modules:
+    from .envs import registration as registration
 
 # What trains or simulates is imported when it is asked for: loading and teaching need torch and safetensors alone.
 _LAZY = {

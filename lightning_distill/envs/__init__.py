@@ -78,6 +78,8 @@ def _known_warnings_filtered() -> Iterator[None]:
 def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     import gymnasium
 
+    from . import registration  # noqa: F401
+
     if env.startswith("ALE/") or (importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip")):
         import ale_py
 

@@ -1,13 +1,14 @@
-"""Gymnasium's plugin hook: ``CartPole1D-v0`` … ``CartPole5D-v0`` exist as soon as the package is installed."""
+"""Registers ``CartPole1D-v0`` … ``CartPole5D-v0`` with Gymnasium when it is imported.
 
-from gymnasium.envs.registration import register as register_id
+``gymnasium.make("lightning_distill.envs.registration:CartPole3D-v0")`` imports it by itself.
+"""
 
+import gymnasium
 
-def register() -> None:
-    for dimensions in range(1, 6):
-        register_id(
-            id=f"CartPole{dimensions}D-v0",
-            entry_point="lightning_distill.envs.cartpole:GymnasiumCartPole",
-            kwargs={"dimensions": dimensions},
-            max_episode_steps=500,
-        )
+for dimensions in range(1, 6):
+    gymnasium.register(
+        id=f"CartPole{dimensions}D-v0",
+        entry_point="lightning_distill.envs.cartpole:GymnasiumCartPole",
+        kwargs={"dimensions": dimensions},
+        max_episode_steps=500,
+    )

@@ -1,0 +1,108 @@
+import numpy as np
+import probes  # noqa: F401  registers the probe environments
+import pytest
+import torch
+from torchrl.envs.utils import check_env_specs
+
+from lightning_distill.envs import ConfigError, env_spec, make_env, stream_seed
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "envpool"])
+@pytest.mark.parametrize("env", ["HalfCheetah-v5", "Acrobot-v1"])
+def test_specs_are_what_the_environment_does(env, backend):
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    check_env_specs(make_env(env_spec(env), 3, seed=0, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "envpool"])
+def test_terminal_observation_is_kept_and_only_finished_environments_restart(backend):
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    env = make_env(env_spec("Hopper-v5"), 16, seed=0, backend=backend)
+    state = env.reset()
+    finished = 0
+    for _ in range(60):
+        state["action"] = env.action_spec.rand()
+        step, state = env.step_and_maybe_reset(state)
+        done = step["next", "done"].squeeze(-1)
+        last, following = step["next", "observation"], state["observation"]
+        assert torch.equal(following[~done], last[~done])
+        # A hopper starts upright at a height of 1.25 and ends fallen or tilted.
+        assert (following[done][:, 0] - 1.25).abs().lt(0.01).all()
+        assert not torch.isclose(last[done][:, 0], following[done][:, 0], atol=1e-3).any()
+        finished += int(done.sum())
+    assert finished > 5
+
+
+def test_faster_backend_has_the_same_physics():
+    """From the same state, the same actions: the simulators agree as far as their chaos lets them."""
+    pytest.importorskip("envpool")
+    import gymnasium
+
+    spec = env_spec("HalfCheetah-v5")
+    fast = make_env(spec, 1, seed=3, backend="envpool")
+    start = fast.reset()["observation"][0].double().numpy()
+    slow = gymnasium.make("HalfCheetah-v5").unwrapped
+    slow.reset()
+    slow.set_state(np.concatenate([[0.0], start[:8]]), start[8:])
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        action = rng.uniform(-1, 1, (1, 6))
+        observation, reward, *_ = fast.simulator.step(action)
+        expected, expected_reward, *_ = slow.step(action[0])
+        np.testing.assert_allclose(observation[0], expected, atol=1e-4)
+        np.testing.assert_allclose(reward[0], expected_reward, atol=1e-4)
+
+
+def test_actions_are_clipped_to_the_action_space():
+    env = make_env(env_spec("Pendulum-v1"), 2, seed=0, backend="gymnasium")
+    states = []
+    for size in (2.0, 100.0):
+        env.set_seed(0)
+        state = env.reset()
+        states.append(env.step(state.set("action", torch.full((2, 1), size)))["next", "observation"])
+    assert torch.equal(*states)
+
+
+def test_any_registered_environment_is_made_from_its_id():
+    discrete, continuous = env_spec("Acrobot-v1"), env_spec("Ant-v5")
+    assert (discrete.observation_shape, discrete.action_type, discrete.actions) == ((6,), "discrete", 3)
+    assert (continuous.observation_shape, continuous.action_type, continuous.actions) == ((105,), "continuous", 8)
+    assert continuous.action_low == (-1.0,) * 8
+    smaller = env_spec("Ant-v5", {"include_cfrc_ext_in_observation": False})
+    assert smaller.observation_shape == (27,)
+    assert make_env(smaller, 2, seed=0).reset()["observation"].shape == (2, 27)
+
+
+def test_torchrl_environment_by_class_path():
+    spec = env_spec("lightning_distill.envs.cartpole.CartPole", {"num_envs": 1, "dimensions": 2})
+    assert (spec.observation_shape, spec.action_type, spec.actions) == ((8,), "discrete", 4)
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs", "message"),
+    [
+        ("Foo-v1", {}, "Foo-v1"),
+        ("HalfCheeta-v5", {}, "HalfCheetah"),
+        ("Blackjack-v1", {}, "observation space Tuple"),
+        ("FrozenLake-v1", {}, r"observation space Discrete\(16\)"),
+        ("HalfCheetah-v5", {"wings": 2}, "wings"),
+        ("torchrl.envs.PendulumEnv", {}, "observation"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_named(env, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        env_spec(env, kwargs)
+
+
+def test_backend_that_cannot_make_an_environment_says_so():
+    with pytest.raises(ConfigError, match="envpool"):
+        make_env(env_spec("ProbeContext-v0"), 2, seed=0, backend="envpool")
+
+
+def test_training_and_evaluation_seeds_never_meet():
+    training = {stream_seed(seed, rank, step) for seed in range(20) for rank in range(4) for step in range(20)}
+    evaluation = {stream_seed(seed, 2, evaluation=True) for seed in range(50)}
+    assert len(training) > 1500
+    assert max(training) + 10_000 < 2**30 <= min(evaluation)

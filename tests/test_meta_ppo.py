@@ -1,0 +1,217 @@
+import lightning as L
+import probes  # noqa: F401  registers the probe environments
+import pytest
+import torch
+
+from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO
+from lightning_distill.envs import EnvSpec
+from lightning_distill.ppo import PPO
+
+SPECS = {
+    "discrete": EnvSpec("CartPole-v1", (4,), "discrete", 2),
+    "continuous": EnvSpec("Some-v0", (3,), "continuous", 2, (-1.0, -2.0), (1.0, 2.0)),
+}
+
+
+def trainer(**kwargs):
+    options = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "accelerator": "cpu",
+    }
+    return L.Trainer(**{**options, **kwargs})
+
+
+def small_run(env="CartPole-v1", model=MetaPPO, callbacks=(), seed=1, iterations=2, data=None, **kwargs):
+    L.seed_everything(seed, verbose=False)
+    data = CollectorDataModule(
+        env, **{"env_steps": 16 * 20 * iterations, "num_envs": 16, "rollout_length": 20, "backend": "auto", **(data or {})}
+    )
+    if model is MetaPPO:
+        kwargs = {"pairs": 3, "learners": 4, **kwargs}
+    module = model(data.spec, **kwargs)
+    trainer(callbacks=list(callbacks)).fit(module, data)
+    return module
+
+
+class Watch(L.Callback):
+    """Keeps each rollout, and what learners looked like when it was made."""
+
+    def __init__(self):
+        self.rollouts, self.fresh, self.taught = [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rollouts.append(batch.clone())
+        if isinstance(pl_module, MetaPPO):
+            self.fresh.append(pl_module._fresh["0.weight"].clone())
+        self.taught.append(pl_module._acting["0.weight"].clone())
+
+
+def prepared(kind, seed=0):
+    """A module in float64 that is ready to compute its policy loss on made-up samples."""
+    torch.manual_seed(seed)
+    module = MetaPPO(SPECS[kind], pairs=3, learners=2, family=MLP(width=5, output_gain=1.0)).double()
+    module._fresh = {name: value.double() for name, value in module.family.draw(2, *_shapes(module)).items()}
+    observation = torch.randn(2, 6, *module.spec.observation_shape).double()
+    action = torch.randint(2, (2, 6)) if kind == "discrete" else torch.randn(2, 6, 2).double()
+    batch = {
+        "observation": observation,
+        "action": action,
+        "log_prob": -torch.rand(2, 6).double(),
+        "advantage": torch.randn(2, 6).double(),
+    }
+    return module, batch
+
+
+def _shapes(module):
+    return module.spec.observation_shape, module.spec.actions
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_meta_gradient_of_the_ppo_loss_is_that_of_finite_differences(kind):
+    module, batch = prepared(kind)
+    module.clip = 10.0  # the clipped surrogate has kinks, which finite differences may straddle
+    loss, *_ = module._policy_loss(batch)
+    loss.backward()
+    step = 1e-6
+    for name, parameter in module.actor.named_parameters():
+        flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
+        for index in range(0, len(flat), max(1, len(flat) // 5)):
+            kept = flat[index].item()
+            values = []
+            for shift in (step, -step):
+                flat[index] = kept + shift
+                values.append(module._policy_loss(batch)[0].item())
+            flat[index] = kept
+            assert gradient[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8), name
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_gradient_reaches_every_synthetic_parameter_and_nothing_else(kind):
+    module, batch = prepared(kind)
+    loss, entropy, _ = module._policy_loss(batch)
+    (loss - 0.1 * entropy).backward()
+    names = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    assert names == {name for name, _ in module.named_parameters() if name.startswith("actor.")}
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.actor.parameters())
+    assert not any(value.requires_grad for value in module._fresh.values())
+
+
+def test_entropy_bonus_carries_gradient():
+    module, batch = prepared("discrete")
+    _, entropy, _ = module._policy_loss(batch)
+    gradients = torch.autograd.grad(entropy, list(module.actor.parameters()))
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_first_minibatch_is_on_policy(env):
+    """The ratio is 1 until the first update: a stale rollout or another θ₀ would show here."""
+
+    class FirstRatio(MetaPPO):
+        seen = None
+
+        def _update(self, samples):
+            self.seen = [*(self.seen or []), self._policy_loss(samples)[2].abs().max().item()]
+            return super()._update(samples)
+
+    module = small_run(env, FirstRatio, iterations=4, pairs=3, learners=4)
+    assert len(module.seen) == 4
+    assert max(module.seen) < 1e-4
+
+
+def test_learners_are_drawn_afresh_for_each_rollout_and_again_by_the_same_seed():
+    watches = [Watch() for _ in range(3)]
+    for watch, seed in zip(watches, (1, 1, 2), strict=True):
+        small_run(callbacks=[watch], seed=seed, iterations=3)
+    first, again, other = watches
+    assert all(torch.equal(a, b) for a, b in zip(first.fresh, again.fresh, strict=True))
+    drawn = torch.cat([*first.fresh, *other.fresh]).flatten(1)
+    assert len(drawn.unique(dim=0)) == 2 * 3 * 4, "no learner is seen twice"
+    assert torch.equal(first.rollouts[2]["observation"], again.rollouts[2]["observation"])
+
+
+def test_the_same_seed_gives_the_same_dataset_bit_for_bit():
+    first, again = (small_run(iterations=3) for _ in range(2))
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_nothing_of_an_update_is_left_behind():
+    module = small_run()
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    counts = Count()
+    before = small_run(iterations=1, data={"env_steps": 1}, target_kl=1e9, callbacks=[counts])
+    assert counts.metrics["train/policy/updates"] == 16
+    stopped = Count()
+    small_run(iterations=1, target_kl=1e-12, callbacks=[stopped])
+    assert stopped.metrics["train/policy/updates"] == 1, "the first minibatch is on-policy, the second is not"
+    assert before.env_steps == 320
+
+
+def test_counters_and_normalisers_take_in_everything():
+    watch = Watch()
+    module = small_run(iterations=3, callbacks=[watch])
+    seen = torch.cat([rollout["next", "observation"].flatten(0, 1) for rollout in watch.rollouts]).double()
+    torch.testing.assert_close(module.observation_moments.mean, seen.mean(0))
+    torch.testing.assert_close(module.observation_moments.variance, seen.var(0, unbiased=False))
+    assert module.env_steps == len(seen) == 960
+    assert module.iteration == 3
+
+
+def test_a_reward_that_is_not_a_number_is_named():
+    with pytest.raises(ConfigError, match="ProbeNotANumber-v0.*reward"):
+        small_run("ProbeNotANumber-v0")
+
+
+def test_environments_must_be_shared_out_evenly():
+    with pytest.raises(ConfigError, match=r"data.num_envs=16.*model.learners=5"):
+        small_run(learners=5)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("pairs", 0), ("learners", -1)])
+def test_sizes_below_one_are_refused(argument, value):
+    with pytest.raises(ConfigError, match=f"model.{argument}={value}"):
+        MetaPPO(SPECS["discrete"], **{argument: value})
+
+
+def preference(env, gamma=0.99, model=MetaPPO, iterations=40):
+    """Probability of action 1 in the first state, of the policies at the end, per sign of the observation."""
+    watch = Watch()
+    # Learners see what they were distilled for: enough steps for a policy to settle on one of two actions.
+    module = small_run(
+        env, model, [watch], iterations=iterations, gamma=gamma, optimizer=lambda p: torch.optim.Adam(p, lr=0.02)
+    )
+    module.begin_rollout()
+    observations = torch.tensor([[-1.0], [1.0]])
+    output = module.family.forward(module._acting, module.normalise(observations).expand(module.learners, 2, 1))
+    return output.softmax(-1)[..., 1].mean(0).tolist()
+
+
+@pytest.mark.parametrize("model", [MetaPPO, PPO])
+def test_probe_the_sign_of_the_advantage(model):
+    negative, positive = preference("ProbeContext-v0", model=model)
+    assert negative < 0.2
+    assert positive > 0.8
+
+
+@pytest.mark.parametrize(("gamma", "waits"), [(0.3, False), (0.99, True)])
+def test_probe_discounting(gamma, waits):
+    first_state, _ = preference("ProbeNowOrLater-v0", gamma)
+    assert first_state > 0.7 if waits else first_state < 0.3
+
+
+def test_probe_terminal_states_and_time_limits():
+    _, positive = preference("ProbeEndOrTimeLimit-v0", gamma=0.9)
+    assert positive > 0.7
