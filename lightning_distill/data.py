@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,10 +14,6 @@ from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator
 from .learners import LearnerFamily
-
-if TYPE_CHECKING:
-    from tensordict import TensorDictBase
-    from torchrl.collectors import Collector
 
 Stage = Literal["validate", "test"]
 SEEDS = {"validate": VALIDATION_SEED, "test": TEST_SEED}
@@ -106,12 +102,12 @@ class Rollouts:
 
     def __init__(self, data: CollectorDataModule, length: int) -> None:
         self.data, self.length = data, length
-        self.collector: Collector | None = None
+        self.collector: Any = None
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[TensorDictBase]:
+    def __iter__(self) -> Iterator[Any]:
         from torchrl.collectors import Collector
 
         data, module = self.data, self.data.trainer.lightning_module

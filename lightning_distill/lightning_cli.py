@@ -37,6 +37,7 @@ class DistillCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(HeldOutLearners, "held_out")
         parser.add_lightning_class_args(ExportDataset, "export")
         parser.add_lightning_class_args(RunReport, "report")
@@ -68,6 +69,8 @@ class DistillCLI(LightningCLI):
             raise ConfigError(cause.strip(" -")) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys = ["held_out", "export", "report"]
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:
             if isinstance(callback, ExportDataset):

@@ -14,7 +14,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from .dataset import DistilledDataset
-from .envs import ConfigError, EnvSpec
+from .envs import ConfigError
 from .evaluation import IN_DISTRIBUTION, Evaluation
 from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO
@@ -30,7 +30,7 @@ class MetaPPO(PPO):
     the PPO loss reaches the batch through the step.
 
     Args:
-        spec: the environment; linked from the data module by the command line.
+        spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
         pairs: n, rows of the synthetic batch.
         learners: K, fresh learners in each rollout; divides the number of environments.
         observation_scale: standard deviation of the initial synthetic observations.
@@ -41,7 +41,7 @@ class MetaPPO(PPO):
 
     def __init__(
         self,
-        spec: EnvSpec | dict[str, Any],
+        spec: dict[str, Any],
         pairs: PositiveInt = 64,
         learners: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,

@@ -54,7 +54,7 @@ class PPO(L.LightningModule):
     serves both, so that DDP averages all gradients.
 
     Args:
-        spec: the environment; linked from the data module by the command line.
+        spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
         family: what learners are drawn from: a name (``paper``: MLP 64-64 tanh, orthogonal), or a family by class path.
         gamma: discount γ.
         gae_lambda: λ of generalised advantage estimation.
@@ -74,7 +74,7 @@ class PPO(L.LightningModule):
 
     def __init__(
         self,
-        spec: EnvSpec | dict[str, Any],
+        spec: dict[str, Any],
         family: LearnerFamily | str = "paper",
         gamma: ClosedUnitInterval = 0.99,
         gae_lambda: ClosedUnitInterval = 0.95,

@@ -29,7 +29,8 @@ def trainer(**kwargs):
 def small_run(env="CartPole-v1", model=MetaPPO, callbacks=(), seed=1, iterations=2, data=None, **kwargs):
     L.seed_everything(seed, verbose=False)
     data = CollectorDataModule(
-        env, **{"env_steps": 16 * 20 * iterations, "num_envs": 16, "rollout_length": 20, "backend": "auto", **(data or {})}
+        env,
+        **{"env_steps": 16 * 20 * iterations, "num_envs": 16, "rollout_length": 20, "backend": "auto", **(data or {})},
     )
     if model is MetaPPO:
         kwargs = {"pairs": 3, "learners": 4, **kwargs}
@@ -87,7 +88,9 @@ def test_meta_gradient_of_the_ppo_loss_is_that_of_finite_differences(kind):
                 flat[index] = kept + shift
                 values.append(module._policy_loss(batch)[0].item())
             flat[index] = kept
-            assert gradient[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8), name
+            assert gradient[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8), (
+                name
+            )
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -171,7 +174,7 @@ def test_counters_and_normalisers_take_in_everything():
 
 
 def test_a_reward_that_is_not_a_number_is_named():
-    with pytest.raises(ConfigError, match="ProbeNotANumber-v0.*reward"):
+    with pytest.raises(ConfigError, match=r"ProbeNotANumber-v0.*reward"):
         small_run("ProbeNotANumber-v0")
 
 

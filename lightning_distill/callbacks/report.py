@@ -57,12 +57,13 @@ class RunReport(L.Callback):
             (folder / "pairs.png", "the pairs"),
             (folder / "config.yaml", "the exact config"),
         ]
-        checkpoint = trainer.checkpoint_callback
-        if checkpoint is not None:
-            found += [
-                (Path(checkpoint.best_model_path), "checkpoint, best by validation"),
-                (Path(checkpoint.last_model_path), "checkpoint to resume from: --ckpt_path"),
-            ]
+        for checkpoint in trainer.checkpoint_callbacks:
+            meaning = (
+                f"checkpoint, best {checkpoint.monitor}"
+                if checkpoint.monitor
+                else "checkpoint to resume from: --ckpt_path"
+            )
+            found.append((Path(checkpoint.best_model_path), meaning))
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 found.append((Path(logger.log_dir) / "metrics.csv", "every logged number"))
