@@ -1,0 +1,39 @@
+"""Put a run's dataset into the zoo: evaluate it by the protocol and write down the command that makes it again.
+
+    python benchmarks/publish.py runs/CartPole-v1/version_0/distilled.safetensors cartpole_1d \
+        --command "lightning fit --config conf/cartpole_1d.yaml"
+
+The returns in the file are of 100 fresh learners of the family it was distilled with, sampled and greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning_distill import evaluate_all, load
+from lightning_distill.evaluation import as_returns
+from lightning_distill.tables import returns_table
+
+ZOO = Path(__file__).parents[1] / "lightning_distill" / "zoo"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("name")
+    parser.add_argument("--command", required=True)
+    parser.add_argument("--learners", type=int, default=100)
+    args = parser.parse_args()
+
+    from rich.console import Console
+
+    dataset = load(args.dataset)
+    evaluations = evaluate_all(dataset, learners=args.learners, controls=False)
+    Console().print(returns_table(args.name, evaluations))
+    dataset = dataset.with_metadata(returns=as_returns(evaluations), command=args.command)
+    print(dataset.save(ZOO / f"{args.name}.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
