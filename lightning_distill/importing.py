@@ -95,6 +95,9 @@ def estimate_normaliser(dataset: DistilledDataset, steps: int, seed: int = 0) ->
     Sixteen fresh learners play, with sampled actions, under the statistics of all that they have observed so far,
     as in training with running normalisation; what these are in the end is kept.
 
+    It is a guess, and returns depend on it: who runs fast widens the statistics of velocities, under which learners run
+    faster. Released Ant pairs scored from 630 to 3160 over eight seeds. State several seeds, not one.
+
     Args:
         dataset: one that was distilled with a normaliser which its file does not hold.
         steps: environment steps, over all learners.

@@ -205,6 +205,7 @@ def import_file(
     output: str,
     encoder: str | None = None,
     normaliser_steps: int = 0,
+    seed: int = 0,
     evaluate: int = 0,
     json: bool = False,
 ) -> None:
@@ -217,6 +218,7 @@ def import_file(
         encoder: their file of the encoder (Atari, level 1 or more).
         normaliser_steps: estimate the observation normaliser, which their MuJoCo files lack, from so many environment
             steps of taught learners; 0: observations are fed as they are.
+        seed: of that estimate; returns can differ much between seeds, so look at several.
         evaluate: fresh learners to evaluate it with; their returns are written into the dataset.
         json: write JSON.
     """
@@ -230,8 +232,8 @@ def import_file(
     command += ["--encoder", Path(encoder).name] if encoder else []
     taken = 0
     if normaliser_steps:
-        pairs, taken = estimate_normaliser(pairs, normaliser_steps)
-        command += ["--normaliser_steps", str(normaliser_steps)]
+        pairs, taken = estimate_normaliser(pairs, normaliser_steps, seed)
+        command += ["--normaliser_steps", str(normaliser_steps), "--seed", str(seed)]
     pairs = pairs.with_metadata(command=shlex.join(command))
     path = pairs.save(output)  # a place that cannot be written to is better known before the evaluation
     if evaluate:

@@ -202,11 +202,12 @@ def test_the_estimated_normaliser_is_that_of_what_taught_learners_see(saved):
     assert (estimated.observation_std[:2] < 0.3).all()
     assert (estimated.observation_std[2:] > estimated.observation_std[:2]).all()
     assert estimate_normaliser(dataset, 1000)[0].observation_std.equal(estimated.observation_std)
+    assert not estimate_normaliser(dataset, 1000, seed=1)[0].observation_std.equal(estimated.observation_std)
 
 
 def test_import_from_the_shell(saved, tmp_path, capsys):
     output = tmp_path / "new" / "ours.safetensors"
-    options = ["--env", "InvertedPendulum-v4", "--normaliser_steps", "160", "--evaluate", "3", "--json"]
+    options = ["--env", "InvertedPendulum-v4", "--normaliser_steps", "160", "--seed", "3", "--evaluate", "3", "--json"]
     main(["import", str(saved(pendulum())), "-o", str(output), *options])
     told = json.loads(capsys.readouterr().out)
     dataset = load(output)
@@ -217,6 +218,6 @@ def test_import_from_the_shell(saved, tmp_path, capsys):
     assert entry["learners"] == 3
     assert entry["mean"] == pytest.approx(evaluate(dataset, learners=3).mean)
     assert dataset.metadata["command"] == (
-        "lightning-distill import theirs.pt --env InvertedPendulum-v4 -o ours.safetensors --normaliser_steps 160"
+        "lightning-distill import theirs.pt --env InvertedPendulum-v4 -o ours.safetensors --normaliser_steps 160 --seed 3"
     )
     assert str(tmp_path) not in repr(dataset.metadata)
