@@ -1,6 +1,6 @@
 """Write the tables of RESULTS.md from the files of the zoo: never by hand.
 
-    python benchmarks/results.py
+python benchmarks/results.py
 """
 
 from __future__ import annotations
