@@ -76,8 +76,13 @@ def test_any_registered_environment_is_made_from_its_id():
 
 
 def test_torchrl_environment_by_class_path():
-    spec = env_spec("lightning_distill.envs.cartpole.CartPole", {"num_envs": 1, "dimensions": 2})
-    assert (spec.observation_shape, spec.action_type, spec.actions) == ((8,), "discrete", 4)
+    spec = env_spec("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"})
+    assert (spec.observation_shape, spec.action_type, spec.actions) == ((3,), "continuous", 1)
+    assert (spec.action_low, spec.action_high) == ((-2.0,), (2.0,))
+    env = make_env(spec, 3, seed=0)
+    step, following = env.step_and_maybe_reset(env.reset().set("action", env.action_spec.rand()))
+    assert step["next", "reward"].shape == (3, 1)
+    assert following["observation"].shape == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +94,7 @@ def test_torchrl_environment_by_class_path():
         ("FrozenLake-v1", {}, r"observation space Discrete\(16\)"),
         ("HalfCheetah-v5", {"wings": 2}, "wings"),
         ("torchrl.envs.PendulumEnv", {}, "observation"),
+        ("lightning_distill.envs.cartpole.CartPole", {"num_envs": 4}, r"batch size \[4\]"),
     ],
 )
 def test_what_cannot_be_learned_from_is_named(env, kwargs, message):

@@ -147,16 +147,19 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
     from torchrl.data import Bounded, Categorical, Unbounded
 
     made = torchrl_class(**kwargs)
-    single = len(made.batch_size)
+    if made.batch_size:
+        raise ConfigError(
+            f"data.env={env!r} has the batch size {list(made.batch_size)}; allowed: one environment, batch size []"
+        )
     if "observation" not in made.observation_spec:
         keys = sorted(map(str, made.observation_spec.keys()))
         raise ConfigError(f"data.env={env!r} observes {keys}; allowed: an environment with the key 'observation'")
-    shape, action = tuple(made.observation_spec["observation"].shape[single:]), made.action_spec
+    shape, action = tuple(made.observation_spec["observation"].shape), made.action_spec
     made.close()
     if isinstance(action, Categorical):
         return EnvSpec(env, shape, "discrete", int(action.space.n), kwargs=kwargs)
-    if isinstance(action, Bounded | Unbounded) and len(action.shape) == single + 1:
-        low, high = (bound.flatten()[-action.shape[-1] :].tolist() for bound in (action.space.low, action.space.high))
+    if isinstance(action, Bounded | Unbounded) and len(action.shape) == 1:
+        low, high = (bound.tolist() for bound in (action.space.low, action.space.high))
         return EnvSpec(env, shape, "continuous", action.shape[-1], low, high, kwargs=kwargs)
     raise ConfigError(f"data.env={env!r} has the action spec {action}; allowed: Categorical, or a bounded vector")
 
