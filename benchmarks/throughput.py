@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # as the command line does
     L.seed_everything(1, verbose=False)
     frames = args.num_envs * args.rollout_length
     data = CollectorDataModule(
@@ -96,7 +97,7 @@ def main() -> None:
     collect = frames / seconds["collect"]
     train = frames / (seconds["collect"] + seconds["update"])
     updates = model.learners * model.epochs * model.minibatches / seconds["update"]
-    print(f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {torch.get_num_threads()} threads")
+    print(f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {data.threads} simulator threads")
     print(f"  bare simulator, random actions  {bare:>12,.0f} steps/s")
     print(f"  collection                      {collect:>12,.0f} steps/s  {collect / bare:6.1%}")
     print(f"  training                        {train:>12,.0f} steps/s  {train / bare:6.1%}")
