@@ -74,7 +74,8 @@ class DistillCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
-            self._parser(self.subcommand).callback_keys = ["held_out", "export", "report"]
+            parser = self._parser(self.subcommand)
+            parser.callback_keys = [key for key in parser.callback_keys if not key.endswith("checkpoint")]
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:
             if isinstance(callback, ExportDataset):

@@ -198,12 +198,12 @@ class PPO(L.LightningModule):
     def _update(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
         actor_optimizer, critic_optimizer = self.optimizers()
         actor_params, critic_params = list(self.actor.parameters()), list(self.critic.parameters())
-        sizes = samples["advantage"].shape[1]
+        count = samples["advantage"].shape[1]
         device = samples["advantage"].device
         metrics: dict[str, list[Tensor]] = {}
         stopped = False
         for _ in range(self.epochs):
-            for index in torch.randperm(sizes, device=device).tensor_split(self.minibatches):
+            for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor[:, index] for name, tensor in samples.items()}
                 value = self.critic(batch["observation"]).squeeze(-1)
                 value_loss = (value - batch["value_target"]).square().mean()
