@@ -12,6 +12,7 @@ from pathlib import Path
 from .dataset import DatasetError
 from .envs import ConfigError
 from .shell import COMMANDS, run, summary
+from .versions import versions
 
 TRAINING = {
     "fit": "Distil an environment into a dataset (or train by PPO), then test the result.",
@@ -26,6 +27,9 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if given else 2)
+    if given[0] == "--version":
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        return
     if given[0] in COMMANDS:
         run(given[0], given[1:])
         return
@@ -47,7 +51,7 @@ def usage() -> str:
     lines = [f"usage: {name} COMMAND [OPTIONS]", ""]
     lines += [f"  {command:10}{text}" for command, text in TRAINING.items()]
     lines += [f"  {command:10}{summary(command)}" for command in COMMANDS]
-    return "\n".join([*lines, "", f"`{name} COMMAND --help` says what a command takes."])
+    return "\n".join([*lines, "", f"`{name} COMMAND --help` says what a command takes; --version prints versions."])
 
 
 if __name__ == "__main__":

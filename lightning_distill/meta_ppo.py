@@ -7,7 +7,6 @@ back-propagated through that step into the batch.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -20,6 +19,7 @@ from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO
 from .synthetic import SyntheticBatch
 from .teaching import sgd_step
+from .versions import versions
 
 
 class MetaPPO(PPO):
@@ -107,7 +107,7 @@ class MetaPPO(PPO):
                 "learners": [self.family.describe()],
                 "env_steps": int(self.env_steps),
                 "seed": self.seed,
-                "versions": {name: version(name) for name in ("lightning-distill", "torch", "gymnasium", "mujoco")},
+                "versions": versions(),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "license": "MIT",
             },

@@ -238,3 +238,10 @@ def test_an_empty_zoo(monkeypatch, capsys):
     monkeypatch.setattr(dataset, "zoo", dict)
     main(["list", "--json"])
     assert read_json(capsys) == []
+
+
+def test_version_names_what_a_result_depends_on(capsys):
+    main(["--version"])
+    lines = dict(line.split(" ") for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"] == torch.__version__
+    assert {"python", "lightning-distill", "gymnasium"} <= lines.keys()
