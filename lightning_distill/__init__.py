@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .data import CollectorDataModule
     from .evaluation import Evaluation, evaluate, evaluate_all
     from .meta_ppo import MetaPPO
+    from .ppo import PPO
 
 __all__ = [
     "MLP",
@@ -32,6 +33,7 @@ __all__ = [
     "LearnerFamily",
     "MetaPPO",
     "ModuleFamily",
+    "PPO",
     "Policy",
     "StackedPolicy",
     "Variation",
@@ -52,6 +54,7 @@ _LAZY = {
     "evaluate": "evaluation",
     "evaluate_all": "evaluation",
     "MetaPPO": "meta_ppo",
+    "PPO": "ppo",
 }
 
 

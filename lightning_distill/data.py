@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import lightning as L
@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
-from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator
+from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator, StackedActor
 from .learners import LearnerFamily
 
 Stage = Literal["validate", "test"]
@@ -30,8 +30,8 @@ class CollectorDataModule(L.LightningDataModule):
         rollout_length: T, steps of each environment in one rollout.
         backend: who simulates, see :func:`lightning_distill.envs.make_env`.
         threads: simulator threads; default: one per core.
-        val_learners: fresh learners at each validation.
-        test_learners: fresh learners in the final evaluation.
+        val_learners: fresh learners at each validation; of direct PPO, which has one policy, runs of that policy.
+        test_learners: the same in the final evaluation.
         episodes: whole episodes of each of them.
     """
 
@@ -80,11 +80,18 @@ class CollectorDataModule(L.LightningDataModule):
         self, dataset: DistilledDataset, family: LearnerFamily, stage: Stage, greedy: bool = False
     ) -> Evaluation:
         """Returns of fresh learners of a family; validation and test differ in their number and in their seeds."""
+        return self._evaluator(stage)(dataset, family, greedy, seed=SEEDS[stage])
+
+    def play(self, draw: Callable[[], StackedActor], stage: Stage, greedy: bool = False) -> Evaluation:
+        """Returns of any policies, on the start states that fresh learners get."""
+        return self._evaluator(stage).play(draw, greedy, seed=SEEDS[stage])
+
+    def _evaluator(self, stage: Stage) -> Evaluator:
         if stage not in self._evaluators:
             device = self.trainer.lightning_module.device
             learners = 2 if self.trainer.fast_dev_run else self.learners[stage]
             self._evaluators[stage] = Evaluator(self.spec, learners, self.episodes, self.backend, self.threads, device)
-        return self._evaluators[stage](dataset, family, greedy, seed=SEEDS[stage])
+        return self._evaluators[stage]
 
     def teardown(self, stage: str) -> None:
         if self._rollouts is not None:

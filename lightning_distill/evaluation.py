@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ Kind = Literal["sampled", "greedy"]
 
 #: Rows of a table of returns that are no held-out family.
 IN_DISTRIBUTION = "in-distribution"
+TRAINED_POLICY = "trained policy"
 UNTAUGHT = "control: untaught"
 SHUFFLED = "control: shuffled targets"
 
@@ -42,9 +43,19 @@ VALIDATION_SEED, TEST_SEED = 0, 1
 BOOTSTRAP_DRAWS = 2000
 
 
+class StackedActor(Protocol):
+    """What an evaluation needs of policies that act at once; a ``StackedPolicy`` is one."""
+
+    def __call__(self, observation: Tensor, sample: bool = False) -> Tensor:
+        """Actions [learners, episodes] or [learners, episodes, d] for observations [learners, episodes, *obs]."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns of fresh learners: ``returns`` [learners, episodes], undiscounted, of whole episodes."""
+    """Returns of fresh learners: ``returns`` [learners, episodes], undiscounted, of whole episodes.
+
+    Of direct RL, which has one policy, every row is that policy again: statistics are then over its episodes.
+    """
 
     returns: Tensor
     greedy: bool
@@ -158,14 +169,26 @@ class Evaluator:
             taught: False lets them play as they were drawn, for comparison.
         """
         check_matches(dataset, self.spec)
+
+        def draw() -> StackedPolicy:
+            if taught:
+                return teach_many(family, dataset, self.learners, device=self.device)
+            fresh = family.draw(self.learners, dataset.observation_shape, dataset.outputs, self.device)
+            return StackedPolicy(family.forward, fresh, dataset.to(self.device))
+
+        return self.play(draw, greedy, seed)
+
+    def play(self, draw: Callable[[], StackedActor], greedy: bool = False, seed: int = TEST_SEED) -> Evaluation:
+        """Let any policies play; the caller's random state is left as it was.
+
+        Args:
+            draw: makes them, called in the random state that ``seed`` gives.
+            greedy, seed: as above.
+        """
         # Environments outlive this call: nothing in them may be a tensor of a caller's inference mode.
         with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad():
             torch.manual_seed(stream_seed(seed, 1, evaluation=True))
-            if taught:
-                policy = teach_many(family, dataset, self.learners, device=self.device)
-            else:
-                fresh = family.draw(self.learners, dataset.observation_shape, dataset.outputs, self.device)
-                policy = StackedPolicy(family.forward, fresh, dataset.to(self.device))
+            policy = draw()
             env = self._env(stream_seed(seed, 2, evaluation=True))
             with simulator_threads(env):
                 return Evaluation(self._play(env, policy, greedy), greedy)
@@ -181,7 +204,7 @@ class Evaluator:
             self.env.set_seed(seed)
         return self.env
 
-    def _play(self, env: EnvBase, policy: StackedPolicy, greedy: bool) -> Tensor:
+    def _play(self, env: EnvBase, policy: StackedActor, greedy: bool) -> Tensor:
         """Returns [learners, episodes] of whole episodes."""
         state = env.reset()
         count = len(state)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import re
 import sys
 import tempfile
+import textwrap
 import warnings
+from argparse import SUPPRESS
 from importlib.resources import files
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -20,6 +23,36 @@ from .callbacks import ExportDataset, HeldOutLearners, RunReport
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
+from .ppo import PPO
+
+
+class DistillParser(LightningArgumentParser):
+    """Help and messages speak of the model's options as of all others, whichever class is trained."""
+
+    def format_help(self) -> str:
+        """The options, with those of the model that ``defaults.yaml`` names at the end."""
+        if not any(action.dest == "model" for action in self._actions):
+            return super().format_help()
+        model = LightningArgumentParser(add_help=False, usage=SUPPRESS, description=None)
+        model.add_class_arguments(MetaPPO, "model", skip={"spec"}, fail_untyped=False)
+        about = "Options of MetaPPO, the model unless --model or a config names another:"
+        return f"{super().format_help()}\n{about}\n\n{model.format_help()}"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As the parser's own, but without the types it tried in vain: what the chosen model class says comes first."""
+        super().error(_about_the_model(message), ex)
+
+
+def _about_the_model(message: str) -> str:
+    """A message about one of the model's options as that of any other option; other messages as they are."""
+    if 'Parser key "model":' not in message:
+        return message
+    name, found, problem = message.partition("Problem with given class_path ")[2].partition(":\n")
+    if not found:
+        return f"{message}\n  Allowed: MetaPPO, PPO, or the class path of a subclass of PPO"
+    problem = textwrap.dedent(problem.split("\n    - Expected a <class 'NoneType'>")[0])
+    problem = re.sub(r"^Option '(\w+)' is not accepted", rf"Option 'model.\1' is not accepted by {name}", problem)
+    return re.sub(r'^Parser key "', 'Parser key "model.', problem)
 
 
 class DistillCLI(LightningCLI):
@@ -42,7 +75,7 @@ class DistillCLI(LightningCLI):
         parser.add_lightning_class_args(HeldOutLearners, "held_out")
         parser.add_lightning_class_args(ExportDataset, "export")
         parser.add_lightning_class_args(RunReport, "report")
-        parser.link_arguments("data.spec", "model.spec", compute_fn=EnvSpec.as_dict, apply_on="instantiate")
+        parser.link_arguments("data.spec", "model.init_args.spec", compute_fn=EnvSpec.as_dict, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         # Advertising, and a notice for developers of Lightning itself; all other messages pass.
@@ -73,9 +106,12 @@ class DistillCLI(LightningCLI):
             raise ConfigError(cause.strip(" -")) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        parser = self._parser(self.subcommand)
         if self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
-            parser = self._parser(self.subcommand)
             parser.callback_keys = [key for key in parser.callback_keys if not key.endswith("checkpoint")]
+        if not isinstance(self.model, MetaPPO):
+            # Direct RL has no dataset to write down or to teach others with: its policy is in the checkpoints.
+            parser.callback_keys = [key for key in parser.callback_keys if key not in ("held_out", "export")]
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:
             if isinstance(callback, ExportDataset):
@@ -105,8 +141,10 @@ def run(args: list[str] | None = None) -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     omegaconf = {"parser_mode": "omegaconf+"}
     DistillCLI(
-        MetaPPO,
+        PPO,
         CollectorDataModule,
+        subclass_mode_model=True,
+        parser_class=DistillParser,
         parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
         auto_configure_optimizers=False,
         args=args,

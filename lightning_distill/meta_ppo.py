@@ -6,12 +6,16 @@ back-propagated through that step into the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .data import Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError
 from .evaluation import IN_DISTRIBUTION, Evaluation
@@ -36,6 +40,7 @@ class MetaPPO(PPO):
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
         learning_rate: initial step size η of the one step, per output dimension.
+        target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
 
@@ -47,6 +52,12 @@ class MetaPPO(PPO):
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
         learning_rate: PositiveFloat = 0.3,
+        target_kl: PositiveFloat = 0.05,
+        epochs: PositiveInt = 4,
+        minibatches: PositiveInt = 4,
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=2.5e-3, eps=1e-5),
+        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-5),
+        log_std: float = -0.5,
         **kwargs: Any,
     ) -> None:
         for name, value in (("pairs", pairs), ("learners", learners)):
@@ -59,8 +70,16 @@ class MetaPPO(PPO):
             "target_scale": target_scale,
             "learning_rate": learning_rate,
         }
-        super().__init__(spec, **kwargs)
-        self.evaluations: dict[str, dict[str, Evaluation]] = {}
+        super().__init__(
+            spec,
+            target_kl=target_kl,
+            epochs=epochs,
+            minibatches=minibatches,
+            optimizer=optimizer,
+            critic_optimizer=critic_optimizer,
+            log_std=log_std,
+            **kwargs,
+        )
 
     @property
     def synthetic_batch(self) -> SyntheticBatch:
@@ -83,7 +102,14 @@ class MetaPPO(PPO):
     def actor_metrics(self) -> dict[str, Tensor]:
         return {**super().actor_metrics(), "learning_rate": self.synthetic_batch.learning_rate.detach()}
 
-    # --- evaluation ---------------------------------------------------------------------------------------------
+    row = IN_DISTRIBUTION
+    players = "fresh learners after one step"
+
+    def evaluate(self, stage: Stage, greedy: bool = False) -> Evaluation:
+        """Returns of fresh in-distribution learners in whole episodes."""
+        return self.trainer.datamodule.evaluate(self.distilled(), self.family, stage, greedy)
+
+    # --- the dataset ---------------------------------------------------------------------------------------------
 
     def distilled(self) -> DistilledDataset:
         """The present synthetic batch as a dataset on its own, with the normaliser of this moment."""
@@ -112,28 +138,3 @@ class MetaPPO(PPO):
                 "license": "MIT",
             },
         )
-
-    def on_validation_epoch_start(self) -> None:
-        self.evaluations = {}
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluations = {}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Fresh in-distribution learners play whole episodes with sampled actions."""
-        evaluation = self.trainer.datamodule.evaluate(self.distilled(), self.family, "validate")
-        self.evaluations[IN_DISTRIBUTION] = {"sampled": evaluation}
-        self.log("val/return", evaluation.mean, batch_size=1, prog_bar=True)
-        self.log("val/return_worst", evaluation.worst, batch_size=1)
-        self.log("val/return_ci95", evaluation.ci95, batch_size=1)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Fresh in-distribution learners play whole episodes, with sampled and with greedy actions."""
-        self.evaluations[IN_DISTRIBUTION] = {}
-        for kind in ("sampled", "greedy"):
-            evaluation = self.trainer.datamodule.evaluate(
-                self.distilled(), self.family, "test", greedy=kind == "greedy"
-            )
-            self.evaluations[IN_DISTRIBUTION][kind] = evaluation
-            self.log(f"test/return_{kind}", evaluation.mean, batch_size=1)
-            self.log(f"test/return_{kind}_ci95", evaluation.ci95, batch_size=1)

@@ -42,7 +42,7 @@ def _figure(width: float, height: float):
 
 
 def draw_learning_curve(metrics: Path, path: Path) -> Path:
-    """Return against environment steps, from a run's ``metrics.csv``: acting policies, fresh learners, held-out ones."""
+    """Return against environment steps, from a run's ``metrics.csv``: training, validation, held-out learners."""
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = _figure(7, 4)
@@ -59,7 +59,7 @@ def draw_learning_curve(metrics: Path, path: Path) -> Path:
         for name in columns:
             if row.get(name):
                 points[name].append((steps, float(row[name])))
-    labels = {"return": "acting learners (last 100 episodes)", "val/return": "fresh learners"}
+    labels = {"return": "training (last 100 episodes)", "val/return": "validation"}
     for name, line in points.items():
         if line:
             label = labels.get(name, "held out: " + name.removeprefix("held_out/").removesuffix("/return"))

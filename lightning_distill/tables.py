@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 Evaluations = Mapping[str, Mapping[str, "Evaluation"]]
 
 
-def returns_table(title: str, evaluations: Evaluations) -> Table:
-    """A row for each family and kind of action: mean ± 95 % CI, std, interquartile mean, worst learner, share."""
+def returns_table(title: str, evaluations: Evaluations, players: str = "fresh learners after one step") -> Table:
+    """A row for each family and kind of action: mean ± 95 % CI, std, interquartile mean, worst learner, share.
+
+    The caption says how many ``players`` there were: what statistics are over.
+    """
     from rich.markup import escape
     from rich.table import Table
 
     first = next(iter(next(iter(evaluations.values())).values()))
     learners, episodes = first.returns.shape
-    table = Table(title=escape(title), caption=f"{learners} fresh learners after one step, {episodes} episode(s) each")
+    table = Table(title=escape(title), caption=f"{learners} {players}, {episodes} episode(s) each")
     for column in ("family", "actions"):
         table.add_column(column)
     for column in ("return ± 95 % CI", "std", "IQM", "worst"):

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from ..meta_ppo import MetaPPO
+from ..ppo import PPO
 from .export import ExportDataset
 
 
@@ -21,7 +22,7 @@ class RunReport(L.Callback):
     def __init__(self, pictures: bool = True) -> None:
         self.pictures = pictures
 
-    def teardown(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: PPO, stage: str) -> None:
         # After the progress bar has ended, so that the table stands alone.
         if stage != "test" or not pl_module.evaluations or not trainer.is_global_zero or trainer.fast_dev_run:
             return
@@ -30,22 +31,22 @@ class RunReport(L.Callback):
         from ..tables import returns_table
 
         console = Console()
-        title = f"{pl_module.spec.id}: {pl_module.synthetic_batch.pairs} pairs after {int(pl_module.env_steps):,} steps"
-        console.print(returns_table(title, pl_module.evaluations))
+        what = f"{pl_module.synthetic_batch.pairs} pairs" if isinstance(pl_module, MetaPPO) else "PPO"
+        title = f"{pl_module.spec.id}: {what} after {int(pl_module.env_steps):,} steps"
+        console.print(returns_table(title, pl_module.evaluations, pl_module.players))
         export = next((c for c in trainer.callbacks if isinstance(c, ExportDataset)), None)
-        if export is None:
-            return
-        folder = export.folder
+        folder = export.folder if export else Path(trainer.log_dir or trainer.default_root_dir)
         if self.pictures:
             self._draw(folder, pl_module)
         console.print("Files:")
         for path, meaning in self._files(trainer, folder):
             console.print(f"  {path}  [dim]{meaning}[/dim]", soft_wrap=True, highlight=False)
 
-    def _draw(self, folder: Path, pl_module: MetaPPO) -> None:
+    def _draw(self, folder: Path, pl_module: PPO) -> None:
         from ..pictures import draw_learning_curve, draw_pairs
 
-        draw_pairs(pl_module.distilled(), folder / "pairs.png")
+        if isinstance(pl_module, MetaPPO):
+            draw_pairs(pl_module.distilled(), folder / "pairs.png")
         if (folder / "metrics.csv").is_file():
             draw_learning_curve(folder / "metrics.csv", folder / "learning_curve.png")
 
