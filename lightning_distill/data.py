@@ -77,14 +77,19 @@ class CollectorDataModule(L.LightningDataModule):
         return range(1)
 
     def evaluate(
-        self, dataset: DistilledDataset, family: LearnerFamily, stage: Stage, greedy: bool = False
+        self,
+        dataset: DistilledDataset,
+        family: LearnerFamily,
+        stage: Stage,
+        greedy: bool = False,
+        step_rule: str | None = None,
     ) -> Evaluation:
         """Returns of fresh learners of a family; validation and test differ in their number and in their seeds."""
         if stage not in self._evaluators:
             device = self.trainer.lightning_module.device
             learners = 2 if self.trainer.fast_dev_run else self.learners[stage]
             self._evaluators[stage] = Evaluator(self.spec, learners, self.episodes, self.backend, self.threads, device)
-        return self._evaluators[stage](dataset, family, greedy, seed=SEEDS[stage])
+        return self._evaluators[stage](dataset, family, greedy, seed=SEEDS[stage], step_rule=step_rule)
 
     def teardown(self, stage: str) -> None:
         if self._rollouts is not None:
