@@ -22,7 +22,7 @@ from lightning_distill import MLP, DistilledDataset, load
 from lightning_distill.envs import env_spec, make_env, stream_seed
 from lightning_distill.evaluation import Evaluation, Evaluator
 from lightning_distill.learners import Params
-from lightning_distill.teaching import sgd_step
+from lightning_distill.step_rules import sgd
 
 EPISODES, SELECTION_SEED, REPORT_SEED = 20, 100, 1
 
@@ -32,7 +32,7 @@ def expert_samples(dataset: DistilledDataset) -> tuple[torch.Tensor, torch.Tenso
     family, spec = MLP(), env_spec(dataset.env, dataset.env_kwargs)
     torch.manual_seed(0)
     params = family.draw(1, spec.observation_shape, spec.actions)
-    params = sgd_step(family.forward, params, dataset.observations, dataset.targets, dataset.learning_rate)
+    params = sgd(family, params, dataset.observations, dataset.targets, dataset.learning_rate)
     env = make_env(spec, EPISODES, stream_seed(7, evaluation=True))
     state, playing = env.reset(), torch.ones(EPISODES, dtype=torch.bool)
     observations, outputs = [], []
@@ -67,7 +67,7 @@ class ManySteps(MLP):
     def draw(self, *args: Any, **kwargs: Any) -> Params:
         params, data = super().draw(*args, **kwargs), self.dataset
         for _ in range(self.steps):
-            params = sgd_step(self.forward, params, data.observations, data.targets, data.learning_rate)
+            params = sgd(self, params, data.observations, data.targets, data.learning_rate)
         return params
 
 

@@ -14,6 +14,7 @@ from .dataset import DatasetError, DistilledDataset, load
 from .envs.spec import ConfigError, EnvSpec
 from .envs.variations import Variation
 from .learners import MLP, LearnerFamily, ModuleFamily
+from .mixtures import MLPs, Mixture
 from .teaching import Policy, StackedPolicy, teach, teach_many
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MLP",
+    "MLPs",
     "CollectorDataModule",
     "ConfigError",
     "DatasetError",
@@ -32,6 +34,7 @@ __all__ = [
     "Evaluation",
     "LearnerFamily",
     "MetaPPO",
+    "Mixture",
     "ModuleFamily",
     "PPO",
     "Policy",

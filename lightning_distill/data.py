@@ -77,10 +77,15 @@ class CollectorDataModule(L.LightningDataModule):
         return range(1)
 
     def evaluate(
-        self, dataset: DistilledDataset, family: LearnerFamily, stage: Stage, greedy: bool = False
+        self,
+        dataset: DistilledDataset,
+        family: LearnerFamily,
+        stage: Stage,
+        greedy: bool = False,
+        step_rule: str | None = None,
     ) -> Evaluation:
         """Returns of fresh learners of a family; validation and test differ in their number and in their seeds."""
-        return self._evaluator(stage)(dataset, family, greedy, seed=SEEDS[stage])
+        return self._evaluator(stage)(dataset, family, greedy, seed=SEEDS[stage], step_rule=step_rule)
 
     def play(self, draw: Callable[[], StackedActor], stage: Stage, greedy: bool = False) -> Evaluation:
         """Returns of any policies, on the start states that fresh learners get."""

@@ -22,8 +22,9 @@ from torch import Tensor
 from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_threads, stream_seed
 from .envs.variations import Variation, make_varied_env
-from .learners import LearnerFamily, family_from
-from .teaching import StackedPolicy, keep_random_state, teach_many
+from .families import family_from
+from .learners import LearnerFamily
+from .teaching import StackedPolicy, keep_random_state, teach_many, with_line_search
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -158,6 +159,7 @@ class Evaluator:
         greedy: bool = False,
         seed: int = TEST_SEED,
         taught: bool = True,
+        step_rule: str | None = None,
     ) -> Evaluation:
         """Teach fresh learners of a family and let them play; the caller's random state is left as it was.
 
@@ -167,12 +169,13 @@ class Evaluator:
             greedy: largest logit or mean action, instead of sampled actions.
             seed: of learners, start states and actions; never one of training's. Another one is another sample.
             taught: False lets them play as they were drawn, for comparison.
+            step_rule: how they are taught; default: as the dataset recommends.
         """
         check_matches(dataset, self.spec)
 
         def draw() -> StackedPolicy:
             if taught:
-                return teach_many(family, dataset, self.learners, device=self.device)
+                return teach_many(family, dataset, self.learners, step_rule, device=self.device)
             fresh = family.draw(self.learners, dataset.observation_shape, dataset.outputs, self.device)
             return StackedPolicy(family.forward, fresh, dataset.to(self.device))
 
@@ -267,6 +270,7 @@ def evaluate(
     episodes: int = 1,
     greedy: bool = False,
     seed: int = TEST_SEED,
+    step_rule: str | None = None,
     env_kwargs: dict[str, Any] | None = None,
     variation: Variation | None = None,
     backend: Backend = "auto",
@@ -280,6 +284,8 @@ def evaluate(
         env: another environment id than the dataset's own (its shapes must agree).
         family: what learners are drawn from; default: what the dataset was distilled with.
         learners, episodes, greedy, seed: see :class:`Evaluator`.
+        step_rule: how learners are taught; default: as the dataset recommends. For ``line_search`` of a dataset without an
+            α, it is the one of :func:`lightning_distill.teaching.with_line_search`.
         env_kwargs: arguments of the environment; default: the dataset's own.
         variation, backend, threads, device: see :class:`Evaluator`.
 
@@ -297,12 +303,15 @@ def evaluate(
         learners=learners,
         episodes=episodes,
         seed=seed,
+        step_rules=(step_rule or dataset.step_rule,),
         env_kwargs=env_kwargs,
         variation=variation,
         backend=backend,
         threads=threads,
         device=device,
     )
+    if step_rule not in (None, dataset.step_rule):
+        return table[row_name(IN_DISTRIBUTION, step_rule, dataset)][kind]
     return table[IN_DISTRIBUTION][kind]
 
 
@@ -316,6 +325,7 @@ def evaluate_all(
     learners: int = 100,
     episodes: int = 1,
     seed: int = TEST_SEED,
+    step_rules: Sequence[str] | None = None,
     env_kwargs: dict[str, Any] | None = None,
     variation: Variation | None = None,
     backend: Backend = "auto",
@@ -331,24 +341,43 @@ def evaluate_all(
         controls: add rows of learners that were not taught, and of learners taught on shuffled targets (two pairs or
             more): the same learners on the same start states.
         kinds: of actions.
+        step_rules: how learners are taught; default: as the dataset recommends, and by the plain step. Rows of another
+            rule than the recommended one say so in their names.
         env, learners, episodes, seed, env_kwargs, variation, backend, threads, device: see :func:`evaluate`.
     """
     spec = env_spec(env or dataset.env, dataset.env_kwargs if env_kwargs is None else env_kwargs)
     families = families or {IN_DISTRIBUTION: trained_family(dataset)}
-    rows = {name: (dataset, family, True) for name, family in families.items()}
+    step_rules = reported_rules(dataset) if step_rules is None else step_rules
+    if "line_search" in step_rules and dataset.line_search_scale is None:
+        dataset = with_line_search(dataset, trained_family(dataset))
+    rows = {
+        row_name(name, rule, dataset): (dataset, family, True, rule)
+        for rule in step_rules
+        for name, family in families.items()
+    }
     if controls:
         first = next(iter(families.values()))
-        rows[UNTAUGHT] = (dataset, first, False)
+        rows[UNTAUGHT] = (dataset, first, False, None)
         if dataset.pairs > 1:
-            rows[SHUFFLED] = (shuffle_targets(dataset, seed), first, True)
+            rows[SHUFFLED] = (shuffle_targets(dataset, seed), first, True, step_rules[0])
     evaluator = Evaluator(spec, learners, episodes, backend, threads, device, variation)
     try:
         return {
-            name: {kind: evaluator(pairs, family, kind == "greedy", seed, taught) for kind in kinds}
-            for name, (pairs, family, taught) in rows.items()
+            name: {kind: evaluator(pairs, family, kind == "greedy", seed, taught, rule) for kind in kinds}
+            for name, (pairs, family, taught, rule) in rows.items()
         }
     finally:
         evaluator.close()
+
+
+def reported_rules(dataset: DistilledDataset) -> list[str]:
+    """The step rules every dataset is reported with: the one that it recommends, and the plain step."""
+    return list(dict.fromkeys([dataset.step_rule, "sgd"]))
+
+
+def row_name(family: str, rule: str, dataset: DistilledDataset) -> str:
+    """Name of a row of a table of returns; it says the step rule unless that is the recommended one."""
+    return family if rule == dataset.step_rule else f"{family}, {rule} step"
 
 
 def as_returns(evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, dict[str, dict[str, Any]]]:

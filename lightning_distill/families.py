@@ -7,28 +7,67 @@ import os
 import sys
 from typing import Any
 
+from . import architectures
 from .envs.spec import ConfigError
 from .learners import MLP, LearnerFamily, ModuleFamily
+from .mixtures import MLPs, Mixture, members
 
-#: Name → arguments of ``MLP``; what a name does not say is as in the paper's learner.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "linear": {"depth": 0},
-    "depth_1": {"depth": 1},
-    "depth_3": {"depth": 3},
-    "width_32": {"width": 32},
-    "width_256": {"width": 256},
-    "width_512": {"width": 512},
-    "relu": {"activation": "relu"},
-    "gelu": {"activation": "gelu"},
-    "silu": {"activation": "silu"},
-    "elu": {"activation": "elu"},
-    "sin": {"activation": "sin"},
-    "gain_1": {"gain": 1.0},
-    "xavier": {"init": "xavier"},
-    "kaiming": {"init": "kaiming"},
-    "default_init": {"init": "default"},
+#: What a name does not say is as in the paper's learner, MLP 64-64 tanh, orthogonal.
+FAMILIES: dict[str, LearnerFamily] = {
+    "paper": MLP(),
+    "linear": MLP(depth=0),
+    "depth_1": MLP(depth=1),
+    "depth_3": MLP(depth=3),
+    "depth_5": MLP(depth=5),
+    "width_32": MLP(width=32),
+    "width_256": MLP(width=256),
+    "width_512": MLP(width=512),
+    "relu": MLP(activation="relu"),
+    "gelu": MLP(activation="gelu"),
+    "silu": MLP(activation="silu"),
+    "elu": MLP(activation="elu"),
+    "sin": MLP(activation="sin"),
+    "gain_1": MLP(gain=1.0),
+    "xavier": MLP(init="xavier"),
+    "kaiming": MLP(init="kaiming", activation="relu"),
+    "default_init": MLP(init="default"),
+    "default_relu_256": MLP(width=256, init="default", activation="relu"),
+    "layer_norm": MLP(norm="layer", activation="relu"),
+    "residual": ModuleFamily(architectures.Residual),
+    "attention": ModuleFamily(architectures.EntryAttention),
+    # What general datasets are distilled with: no width, and no combination, of the held-out names above.
+    "mixture": MLPs(
+        widths=[48, 96, 192],
+        depths=[1, 2, 3],
+        activations=["tanh", "relu", "gelu", "silu"],
+        inits=["orthogonal", "xavier", "kaiming", "default"],
+        gains=[1.0, 2**0.5],
+    ),
 }
+
+#: Held out by default, none of them in ``mixture``: widths 32–512, depths 0–5, every activation and initialisation.
+HELD_OUT = (
+    "linear",
+    "width_32",
+    "width_512",
+    "depth_5",
+    "relu",
+    "gelu",
+    "silu",
+    "elu",
+    "sin",
+    "gain_1",
+    "xavier",
+    "kaiming",
+    "default_init",
+    "default_relu_256",
+    "layer_norm",
+    "residual",
+    "attention",
+)
+
+
+TRAINED_ON = " (trained on)"
 
 
 def family_named(name: str) -> LearnerFamily:
@@ -41,7 +80,7 @@ def family_named(name: str) -> LearnerFamily:
         ConfigError: unknown name, or a class path that cannot be imported or is neither.
     """
     if name in FAMILIES:
-        return MLP(**FAMILIES[name])
+        return FAMILIES[name]
     module, _, attribute = name.rpartition(".")
     if not module:
         raise ConfigError(
@@ -61,6 +100,42 @@ def family_named(name: str) -> LearnerFamily:
     if callable(found):
         return ModuleFamily(found)
     raise ConfigError(f"family={name!r}: is a {type(found).__name__}, expected a LearnerFamily or an nn.Module factory")
+
+
+def can_draw(family: LearnerFamily, other: LearnerFamily) -> bool:
+    """Whether learners of ``other`` may be among those drawn of ``family``: of what is drawn so, nothing is held out."""
+    mine = [member.describe() for member in members(family)]
+    return any(member.describe() in mine for member in members(other))
+
+
+def told_apart(families: dict[str, LearnerFamily], trained: LearnerFamily) -> dict[str, LearnerFamily]:
+    """The same families, with "(trained on)" after the names of those that are not held out from ``trained``."""
+    return {
+        f"{name}{TRAINED_ON}" if can_draw(trained, family) and not name.endswith(TRAINED_ON) else name: family
+        for name, family in families.items()
+    }
+
+
+def family_from(description: Any) -> LearnerFamily:
+    """The family that ``describe`` described. Of a file's words only what comes with this package is built.
+
+    Raises:
+        ValueError: any other class, or arguments it does not take.
+    """
+    path, arguments = description.get("class_path"), description.get("init_args", {})
+    try:
+        if path == "lightning_distill.MLP":
+            return MLP(**arguments)
+        if path == "lightning_distill.MLPs":
+            return MLPs(**arguments)
+        if path == "lightning_distill.Mixture":
+            return Mixture(**arguments | {"families": [family_from(part) for part in arguments["families"]]})
+        for family in FAMILIES.values():
+            if family.describe() == description:
+                return family
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"init_args={str(arguments)[:200]}: not accepted by {path} ({error})") from None
+    raise ValueError(f"class_path={path!r}: from a description only families of lightning_distill are built")
 
 
 def as_family(family: LearnerFamily | str) -> LearnerFamily:

@@ -3,7 +3,7 @@
 A family answers two questions: how K learners are drawn (``draw``) and how K stacked learners map K batches of
 observations to action logits or means (``forward``). Parameters are a dict of tensors whose first dimension is K, so that
 one call teaches, runs or differentiates all K learners. What no step changes (buffers, frozen parameters) is in the same
-dict under names that begin with ``FIXED``.
+dict under names that begin with ``FIXED``. Learners of several architectures stand in one dict as groups, each with its K.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,8 @@ Forward = Callable[[Params, Tensor], Tensor]
 
 #: Marks, in the names of ``Params``, a buffer or a frozen parameter.
 FIXED = "fixed:"
+#: Ends, in the names of ``Params``, the name of a group: learners of one architecture beside those of others.
+GROUP = "|"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -36,11 +39,41 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LearnerFamily(ABC):
-    """A distribution over learners: an architecture and how it is initialised.
+class UnfitLearner(ValueError):
+    """A learner that a step rule cannot teach; the message says why, and what can be done."""
 
-    ``forward`` depends on its arguments alone, so that several draws of one family can be in use at once.
-    """
+
+class Learners(ABC):
+    """What K stacked learners compute; everything follows from the arguments, so that several stacks can be in use at once."""
+
+    @abstractmethod
+    def forward(self, params: Params, observations: Tensor) -> Tensor:
+        """Outputs [K, B, outputs] of K stacked learners for observations [K, B, *observation_shape]."""
+
+    def features(self, params: Params, observations: Tensor) -> Tensor:
+        """Inputs [K, B, h] of the linear output layer, for observations [K, B, *observation_shape].
+
+        Raises:
+            UnfitLearner: the outputs are not those of a linear layer, or it is not known.
+        """
+        raise UnfitLearner(f"{type(self).__name__} does not say what its output layer is: teach it by sgd or line_search")
+
+    def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
+        """The same learners with another output layer: outputs = features @ weight [K, h, d] + bias [K, 1, d]."""
+        raise NotImplementedError
+
+    def map(self, function: Callable[[Learners, Params], Params], params: Params) -> Params:
+        """``function`` of these learners and their parameters; of each group where there are several architectures."""
+        return function(self, params)
+
+
+def count_learners(params: Params) -> int:
+    """K, the number of stacked learners, over all groups."""
+    return sum({name.removeprefix(FIXED).rpartition(GROUP)[0]: len(value) for name, value in params.items()}.values())
+
+
+class LearnerFamily(Learners):
+    """A distribution over learners: an architecture and how it is initialised."""
 
     @abstractmethod
     def draw(self, learners: int, observation_shape: Sequence[int], outputs: int, device: Any = "cpu") -> Params:
@@ -48,10 +81,6 @@ class LearnerFamily(ABC):
 
         Uses torch's global random state. Buffers and frozen parameters have the prefix ``FIXED``.
         """
-
-    @abstractmethod
-    def forward(self, params: Params, observations: Tensor) -> Tensor:
-        """Outputs [K, B, outputs] of K stacked learners for observations [K, B, *observation_shape]."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -69,6 +98,7 @@ class MLP(LearnerFamily):
             & Bengio 2010, biases 0), ``kaiming`` (uniform, He et al. 2015, biases 0) or ``default`` (PyTorch's ``nn.Linear``).
         gain: of orthogonal hidden layers.
         output_gain: of an orthogonal output layer.
+        norm: ``layer`` normalises each hidden layer before its activation (LayerNorm, Ba et al. 2016), ``none`` does not.
     """
 
     def __init__(
@@ -79,6 +109,7 @@ class MLP(LearnerFamily):
         init: Literal["orthogonal", "xavier", "kaiming", "default"] = "orthogonal",
         gain: float = math.sqrt(2),
         output_gain: float = 0.01,
+        norm: Literal["none", "layer"] = "none",
     ) -> None:
         for name, value, least in (("width", width, 1), ("depth", depth, 0)):
             if value < least:
@@ -87,8 +118,10 @@ class MLP(LearnerFamily):
             raise ValueError(f"MLP.activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
         if init not in self._INITIALISERS:
             raise ValueError(f"MLP.init={init!r}: allowed are {', '.join(self._INITIALISERS)}")
+        if norm not in ("none", "layer"):
+            raise ValueError(f"MLP.norm={norm!r}: allowed are none, layer")
         self.width, self.depth, self.activation = width, depth, activation
-        self.init, self.gain, self.output_gain = init, gain, output_gain
+        self.init, self.gain, self.output_gain, self.norm = init, gain, output_gain, norm
 
     def draw(self, learners: int, observation_shape: Sequence[int], outputs: int, device: Any = "cpu") -> Params:
         sizes = [math.prod(observation_shape)] + [self.width] * self.depth + [outputs]
@@ -97,19 +130,34 @@ class MLP(LearnerFamily):
             gain = self.output_gain if layer == self.depth else self.gain
             weight, bias = self._INITIALISERS[self.init](learners, fan_in, fan_out, gain, device)
             params[f"{layer}.weight"], params[f"{layer}.bias"] = weight, bias
+            if self.norm == "layer" and layer < self.depth:
+                params[f"{layer}.norm.weight"] = torch.ones_like(bias)
+                params[f"{layer}.norm.bias"] = torch.zeros_like(bias)
         return params
 
     def forward(self, params: Params, observations: Tensor) -> Tensor:
+        return self._affine(params, self.depth, self.features(params, observations))
+
+    def features(self, params: Params, observations: Tensor) -> Tensor:
         hidden = observations.flatten(2)
-        for layer in range(self.depth + 1):
-            # One batched product for all K learners: several times faster than vmap over a module.
-            hidden = torch.baddbmm(params[f"{layer}.bias"], hidden, params[f"{layer}.weight"])
-            if layer < self.depth:
-                hidden = ACTIVATIONS[self.activation](hidden)
+        for layer in range(self.depth):
+            hidden = self._affine(params, layer, hidden)
+            if self.norm == "layer":
+                hidden = F.layer_norm(hidden, hidden.shape[-1:])
+                hidden = hidden * params[f"{layer}.norm.weight"] + params[f"{layer}.norm.bias"]
+            hidden = ACTIVATIONS[self.activation](hidden)
         return hidden
 
+    def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
+        return params | {f"{self.depth}.weight": weight, f"{self.depth}.bias": bias}
+
+    @staticmethod
+    def _affine(params: Params, layer: int, inputs: Tensor) -> Tensor:
+        # One batched product for all K learners: several times faster than vmap over a module.
+        return torch.baddbmm(params[f"{layer}.bias"], inputs, params[f"{layer}.weight"])
+
     def describe(self) -> dict[str, Any]:
-        names = ("width", "depth", "activation", "init", "gain", "output_gain")
+        names = ("width", "depth", "activation", "init", "gain", "output_gain", "norm")
         return {"class_path": "lightning_distill.MLP", "init_args": {name: getattr(self, name) for name in names}}
 
     @staticmethod
@@ -161,16 +209,22 @@ class ModuleFamily(LearnerFamily):
     def __init__(self, factory: Callable[[Sequence[int], int], nn.Module]) -> None:
         self.factory = factory
         # One for each shape of learner ever drawn: it holds the architecture alone, so old draws stay valid.
-        self._skeletons: dict[frozenset, nn.Module] = {}
+        self._stacks: dict[frozenset, StackedModules] = {}
 
     def draw(self, learners: int, observation_shape: Sequence[int], outputs: int, device: Any = "cpu") -> Params:
         modules = [self.factory(tuple(observation_shape), outputs) for _ in range(learners)]
-        skeleton, params = stack_modules(modules)
-        self._skeletons[_shapes(params)] = skeleton
+        params = stack_parameters(modules)
+        self._stacks.setdefault(_shapes(params), StackedModules(copy.deepcopy(modules[0])))
         return {name: value.to(device) for name, value in params.items()}
 
     def forward(self, params: Params, observations: Tensor) -> Tensor:
-        return run_stacked(self._skeletons[_shapes(params)], params, observations)
+        return self._stacks[_shapes(params)].forward(params, observations)
+
+    def features(self, params: Params, observations: Tensor) -> Tensor:
+        return self._stacks[_shapes(params)].features(params, observations)
+
+    def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
+        return self._stacks[_shapes(params)].with_output_layer(params, weight, bias)
 
     def describe(self) -> dict[str, Any]:
         made = self.factory
@@ -178,11 +232,11 @@ class ModuleFamily(LearnerFamily):
         return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": name}}
 
 
-def stack_modules(modules: Sequence[nn.Module]) -> tuple[nn.Module, Params]:
-    """K modules of one architecture as parameters [K, …], copied, and a module in evaluation mode to run them with.
+def stack_parameters(modules: Sequence[nn.Module]) -> Params:
+    """Parameters and buffers of K modules of one architecture, copied, each [K, …].
 
     Raises:
-        ValueError: their parameters differ in name or shape.
+        ValueError: they differ in name or shape.
     """
     states = [
         {FIXED * (not parameter.requires_grad) + name: parameter for name, parameter in module.named_parameters()}
@@ -194,19 +248,98 @@ def stack_modules(modules: Sequence[nn.Module]) -> tuple[nn.Module, Params]:
             first, this = (s[name].shape if name in s else None for s in (states[0], state))
             if first != this:
                 raise ValueError(f"modules of one architecture are needed: {name} is {first} in 0, {this} in {index}")
-    params = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
-    return copy.deepcopy(modules[0]).eval(), params
+    return {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
 
 
-def run_stacked(skeleton: nn.Module, params: Params, observations: Tensor) -> Tensor:
-    """Outputs [K, B, d] of K stacked modules for observations [K, B, *obs]; both as ``stack_modules`` returns them."""
+class StackedModules(Learners):
+    """K stacked modules of one architecture, run by ``vmap``; one alone without, as not every module can be mapped.
 
-    def run_one(params: Params, observations: Tensor) -> Tensor:
-        state = {name.removeprefix(FIXED): value for name, value in params.items()}
-        return torch.func.functional_call(skeleton, state, (observations,))
+    Args:
+        module: the architecture; it is run in evaluation mode, with parameters of ``stack_parameters``.
+    """
 
-    with _differentiable_attention():
-        return torch.func.vmap(run_one, randomness="different")(params, observations)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval()
+        self._output_layer: str | None = None
+
+    def forward(self, params: Params, observations: Tensor) -> Tensor:
+        return self._run(partial(_call, self.module), params, observations)
+
+    def features(self, params: Params, observations: Tensor) -> Tensor:
+        if self._output_layer is None:
+            self._output_layer = self._find_output_layer(params, observations)
+        return self._run(partial(_inputs, self.module, self._output_layer), params, observations)
+
+    def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
+        names = (f"{self._output_layer}.weight".lstrip("."), f"{self._output_layer}.bias".lstrip("."))
+        return params | {names[0]: weight.mT.to(params[names[0]].dtype), names[1]: bias[:, 0].to(params[names[1]].dtype)}
+
+    @staticmethod
+    def _run(function: Forward, params: Params, observations: Tensor) -> Tensor:
+        with _differentiable_attention():
+            if len(observations) == 1:
+                outputs = function({name: value[0] for name, value in params.items()}, observations[0])
+                return outputs.unsqueeze(0) if isinstance(outputs, Tensor) else outputs
+            return torch.func.vmap(function, randomness="different")(params, observations)
+
+    @torch.no_grad()
+    def _find_output_layer(self, params: Params, observations: Tensor) -> str:
+        """Name of the ``nn.Linear`` whose output is the module's: the last one called, if changing it changes nothing else.
+
+        Raises:
+            UnfitLearner: there is none, or it has no bias, is frozen, parametrised or used twice.
+        """
+        params, observations = {name: value[:1] for name, value in params.items()}, observations[:1]
+        called: list[str] = []
+        handles = [
+            part.register_forward_hook(lambda *_, name=name: called.append(name))
+            for name, part in self.module.named_modules()
+            if isinstance(part, nn.Linear)
+        ]
+        try:
+            outputs = self.forward(params, observations)
+        finally:
+            for handle in handles:
+                handle.remove()
+        advice = "teach it by another rule (sgd, line_search), or end it with an nn.Linear of its own"
+        if not called:
+            raise UnfitLearner(f"newton needs a last layer nn.Linear, which the module does not have: {advice}")
+        name, weights = called[-1], [f"{called[-1]}.{kind}".lstrip(".") for kind in ("weight", "bias")]
+        for weight in weights:
+            if weight not in params:
+                raise UnfitLearner(
+                    f"newton sets weight and bias of the last layer, but {weight!r} is no trainable parameter: {advice}"
+                )
+        # Whatever else may happen between that layer and the outputs shows when it is another layer.
+        self._output_layer = name
+        features = self._run(partial(_inputs, self.module, name), params, observations)
+        layer = self.module.get_submodule(name)
+        weight = torch.ones_like(layer.weight).cumsum(0).mT[None] / layer.weight.numel()
+        bias = torch.ones_like(layer.bias).cumsum(0)[None, None]
+        changed = self.with_output_layer(params, weight, bias)
+        expected = features @ weight + bias if features.shape[:2] == outputs.shape[:2] else outputs.new_empty(0)
+        found = self.forward(changed, observations)
+        if expected.shape != found.shape or not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3):
+            raise UnfitLearner(
+                f"newton needs outputs that are those of the last nn.Linear called, {name!r}, but they are not: {advice}"
+            )
+        return name
+
+
+def _call(module: nn.Module, params: Params, observations: Tensor) -> Tensor:
+    state = {name.removeprefix(FIXED): value for name, value in params.items()}
+    return torch.func.functional_call(module, state, (observations,))
+
+
+def _inputs(module: nn.Module, layer: str, params: Params, observations: Tensor) -> Tensor:
+    """What the layer of that name is given."""
+    seen: list[Tensor] = []
+    handle = module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        _call(module, params, observations)
+    finally:
+        handle.remove()
+    return seen[-1]
 
 
 @contextlib.contextmanager
@@ -223,18 +356,3 @@ def _differentiable_attention() -> Iterator[None]:
 
 def _shapes(params: Params) -> frozenset:
     return frozenset((name, value.shape[1:]) for name, value in params.items())
-
-
-def family_from(description: Mapping[str, Any]) -> LearnerFamily:
-    """The family that ``describe`` described. Of a file's words only ``lightning_distill.MLP`` is built, nothing imported.
-
-    Raises:
-        ValueError: any other class, or arguments it does not take.
-    """
-    path, arguments = description.get("class_path"), description.get("init_args", {})
-    if path != "lightning_distill.MLP":
-        raise ValueError(f"class_path={path!r}: from a description only 'lightning_distill.MLP' is built")
-    try:
-        return MLP(**arguments)
-    except TypeError as error:
-        raise ValueError(f"init_args={arguments!r}: not accepted by MLP ({error})") from None

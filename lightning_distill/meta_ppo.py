@@ -1,6 +1,6 @@
 """MetaPPO: distil an environment into a synthetic batch (Wilhelm & Ventura 2025).
 
-Fresh learners take one SGD step on the batch, act in the environment, and the PPO loss of what they did is
+Fresh learners take one step on the batch, act in the environment, and the PPO loss of what they did is
 back-propagated through that step into the batch.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from .data import Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError
-from .evaluation import IN_DISTRIBUTION, Evaluation
+from .evaluation import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
 from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO
+from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
-from .teaching import sgd_step
+from .teaching import with_plain_step
 from .versions import versions
 
 
@@ -39,7 +40,11 @@ class MetaPPO(PPO):
         learners: K, fresh learners in each rollout; divides the number of environments.
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
-        learning_rate: initial step size η of the one step, per output dimension.
+        step_rule: ``sgd``, ``line_search`` or ``newton``, see :mod:`lightning_distill.step_rules`; its number is learned.
+        learning_rate: initial step size η of ``sgd``, per output dimension. The loss is a mean over dimensions, so the step
+            size that moves a learner equally far grows with their number.
+        line_search_scale: initial α of ``line_search``.
+        newton_ridge: initial λ of ``newton``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
@@ -51,7 +56,10 @@ class MetaPPO(PPO):
         learners: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
+        step_rule: Literal["sgd", "line_search", "newton"] = "sgd",
         learning_rate: PositiveFloat = 0.3,
+        line_search_scale: PositiveFloat = 1.0,
+        newton_ridge: PositiveFloat = 0.1,
         target_kl: PositiveFloat = 0.05,
         epochs: PositiveInt = 4,
         minibatches: PositiveInt = 4,
@@ -63,13 +71,11 @@ class MetaPPO(PPO):
         for name, value in (("pairs", pairs), ("learners", learners)):
             if value < 1:
                 raise ConfigError(f"model.{name}={value}: allowed are integers ≥ 1")
-        self._learners = learners
-        self._initial = {
-            "pairs": pairs,
-            "observation_scale": observation_scale,
-            "target_scale": target_scale,
-            "learning_rate": learning_rate,
-        }
+        if step_rule not in STEP_RULES:
+            raise ConfigError(f"model.step_rule={step_rule!r}: allowed are {', '.join(STEP_RULES)}")
+        self._learners, self.step_rule = learners, step_rule
+        self._numbers = {"sgd": learning_rate, "line_search": line_search_scale, "newton": newton_ridge}
+        self._initial = {"pairs": pairs, "observation_scale": observation_scale, "target_scale": target_scale}
         super().__init__(
             spec,
             target_kl=target_kl,
@@ -90,40 +96,55 @@ class MetaPPO(PPO):
         return self._learners
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
-        return SyntheticBatch(self.spec, **self._initial, log_std=log_std, log_std_min=log_std_min)
+        number = self._numbers[self.step_rule] * (self.spec.actions if self.step_rule == "sgd" else 1)
+        rule = STEP_RULES[self.step_rule]
+        return SyntheticBatch(
+            self.spec, rule=rule, number=number, **self._initial, log_std=log_std, log_std_min=log_std_min
+        )
 
     def draw(self) -> None:
         self._fresh = self.family.draw(self.learners, self.spec.observation_shape, self.spec.actions, self.device)
 
     def policy_params(self) -> Params:
         batch = self.synthetic_batch
-        return sgd_step(self.family.forward, self._fresh, batch.observations, batch.targets, batch.learning_rate)
+        rule = STEP_RULES[self.step_rule]
+        return rule(self.family, self._fresh, batch.observations, batch.targets, batch.number)
 
     def actor_metrics(self) -> dict[str, Tensor]:
-        return {**super().actor_metrics(), "learning_rate": self.synthetic_batch.learning_rate.detach()}
+        return {**super().actor_metrics(), STEP_RULES[self.step_rule].number: self.synthetic_batch.number.detach()}
 
-    row = IN_DISTRIBUTION
     players = "fresh learners after one step"
 
-    def evaluate(self, stage: Stage, greedy: bool = False) -> Evaluation:
-        """Returns of fresh in-distribution learners in whole episodes."""
-        return self.trainer.datamodule.evaluate(self.distilled(), self.family, stage, greedy)
+    def evaluate(self, stage: Stage, greedy: bool = False) -> dict[str, Evaluation]:
+        """Returns of fresh in-distribution learners; in the test by the plain step too, if they learn by another rule."""
+        dataset = self.distilled()
+        rules = reported_rules(dataset) if stage == "test" else [dataset.step_rule]
+        return {
+            row_name(IN_DISTRIBUTION, rule, dataset): self.trainer.datamodule.evaluate(
+                dataset, self.family, stage, greedy, rule
+            )
+            for rule in rules
+        }
 
     # --- the dataset ---------------------------------------------------------------------------------------------
 
     def distilled(self) -> DistilledDataset:
-        """The present synthetic batch as a dataset on its own, with the normaliser of this moment."""
+        """The present synthetic batch as a dataset on its own, with the normaliser of this moment.
+
+        The plain step's size is in it whatever the rule: where it is not learned, the best for the family on average.
+        """
         batch, moments = self.synthetic_batch, self.observation_moments
         tensors = {
             "observations": batch.observations,
             "targets": batch.targets,
-            "learning_rate": batch.learning_rate,
+            "learning_rate": torch.ones(()),
+            STEP_RULES[self.step_rule].number: batch.number,
             "observation_mean": moments.mean,
             "observation_std": moments.std,
         }
         if self.log_std is not None:
             tensors["log_std"] = self.log_std
-        return DistilledDataset(
+        dataset = DistilledDataset(
             **{name: tensor.detach().float().clone() for name, tensor in tensors.items()},
             env=self.spec.id,
             action_type=self.spec.action_type,
@@ -131,6 +152,7 @@ class MetaPPO(PPO):
             metadata={
                 "env_kwargs": self.spec.kwargs,
                 "learners": [self.family.describe()],
+                "step_rule": self.step_rule,
                 "env_steps": int(self.env_steps),
                 "seed": self.seed,
                 "versions": versions(),
@@ -138,3 +160,4 @@ class MetaPPO(PPO):
                 "license": "MIT",
             },
         )
+        return dataset if self.step_rule == "sgd" else with_plain_step(dataset, self.family)

@@ -268,20 +268,21 @@ class PPO(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Whole episodes with sampled actions."""
-        evaluation = self.evaluate("validate")
-        self.evaluations[self.row] = {"sampled": evaluation}
+        rows = self.evaluate("validate")
+        self.evaluations = {row: {"sampled": evaluation} for row, evaluation in rows.items()}
+        evaluation = next(iter(rows.values()))
         self.log("val/return", evaluation.mean, batch_size=1, prog_bar=True)
         self.log("val/return_worst", evaluation.worst, batch_size=1)
         self.log("val/return_ci95", evaluation.ci95, batch_size=1)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Whole episodes with sampled and with greedy actions."""
-        self.evaluations[self.row] = {}
         for kind in ("sampled", "greedy"):
-            evaluation = self.evaluate("test", greedy=kind == "greedy")
-            self.evaluations[self.row][kind] = evaluation
-            self.log(f"test/return_{kind}", evaluation.mean, batch_size=1)
-            self.log(f"test/return_{kind}_ci95", evaluation.ci95, batch_size=1)
+            for index, (row, evaluation) in enumerate(self.evaluate("test", greedy=kind == "greedy").items()):
+                name = f"test/{row}/return_{kind}" if index else f"test/return_{kind}"
+                self.evaluations.setdefault(row, {})[kind] = evaluation
+                self.log(name, evaluation.mean, batch_size=1)
+                self.log(f"{name}_ci95", evaluation.ci95, batch_size=1)
 
     def present_policy(self) -> StackedActor:
         """The one policy as it is, with the normaliser of this moment, in as many environments as are asked for."""
@@ -345,13 +346,12 @@ class PPO(L.LightningModule):
 
     # --- what distillation replaces -----------------------------------------------------------------------------
 
-    #: What the table of returns calls the policies of an evaluation, and what it says of them.
-    row = TRAINED_POLICY
+    #: Whose returns an evaluation states.
     players = "runs of the one trained policy"
 
-    def evaluate(self, stage: Stage, greedy: bool = False) -> Evaluation:
-        """Returns of the trained policy in whole episodes."""
-        return self.trainer.datamodule.play(self.present_policy, stage, greedy)
+    def evaluate(self, stage: Stage, greedy: bool = False) -> dict[str, Evaluation]:
+        """Rows of the table of returns in whole episodes; the first is the one that counts."""
+        return {TRAINED_POLICY: self.trainer.datamodule.play(self.present_policy, stage, greedy)}
 
     @property
     def learners(self) -> int:

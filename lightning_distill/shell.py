@@ -37,6 +37,8 @@ def evaluate(
     learners: int = 100,
     episodes: int = 1,
     greedy: bool = False,
+    held_out: bool = False,
+    step_rule: str | None = None,
     controls: bool = False,
     seed: int = 1,
     gravity: float = 1.0,
@@ -56,6 +58,8 @@ def evaluate(
         learners: fresh learners of each family.
         episodes: whole episodes of each learner.
         greedy: largest logit or mean action, instead of sampled actions.
+        held_out: also every family of the default list of held-out ones; those the dataset was distilled with are marked.
+        step_rule: sgd, line_search or newton; default: the one the dataset recommends, and sgd.
         controls: also learners that were not taught, and learners taught on shuffled targets.
         seed: of learners, start states and actions; the default's returns are those that files state.
         gravity: factor on gravity (MuJoCo).
@@ -66,17 +70,23 @@ def evaluate(
         json: write JSON.
     """
     from .envs.variations import Variation
-    from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all
+    from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, trained_family
+    from .families import HELD_OUT, told_apart
     from .tables import returns_table, shares
 
     pairs = load(dataset)
     kind = "greedy" if greedy else "sampled"
     variation = Variation(gravity=gravity, mass=mass, friction=friction, sticky_actions=sticky_actions)
+    families = {name: _family(name, pairs) for name in family or [IN_DISTRIBUTION]}
+    if held_out:
+        strangers = {name: _family(name, pairs) for name in HELD_OUT if name not in families}
+        families |= told_apart(strangers, trained_family(pairs))
     evaluations = evaluate_all(
         pairs,
-        {name: _family(name, pairs) for name in family or [IN_DISTRIBUTION]},
+        families,
         controls=controls,
         kinds=(kind,),
+        step_rules=None if step_rule is None else [step_rule],
         env=env,
         learners=learners,
         episodes=episodes,

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from .envs import EnvSpec
 from .policies import ActionNoise
+from .step_rules import StepRule
 
 
 class SyntheticBatch(nn.Module):
-    """n learnable (observation, target) pairs, the step size, and the taught policy's log standard deviation.
+    """n learnable (observation, target) pairs, the step rule's number, and the taught policy's log standard deviation.
 
     Args:
         spec: gives the shapes, and the range of continuous actions that the initial noise is a share of.
         pairs: n.
+        rule: the step rule that learners are taught by.
+        number: initial value of the rule's one number: η, α or λ.
         observation_scale, target_scale: standard deviation of the normal initial values.
-        learning_rate: initial step size η per output dimension. The loss is a mean over dimensions, so the step
-            size that moves a learner equally far grows with their number.
         log_std, log_std_min: see :class:`lightning_distill.policies.ActionNoise`.
     """
 
@@ -27,17 +28,19 @@ class SyntheticBatch(nn.Module):
         self,
         spec: EnvSpec,
         pairs: int,
+        rule: StepRule,
+        number: float,
         observation_scale: float = 0.5,
         target_scale: float = 0.5,
-        learning_rate: float = 0.3,
         log_std: float = -0.5,
         log_std_min: float = -3.0,
     ) -> None:
         super().__init__()
         self.observations = nn.Parameter(torch.randn(pairs, *spec.observation_shape) * observation_scale)
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
-        # The logarithm is learned: the step size stays positive.
-        self.log_learning_rate = nn.Parameter(torch.tensor(math.log(learning_rate * spec.actions)))
+        # The logarithm is learned: the number stays positive.
+        self._log_number = f"log_{rule.number}"
+        self.register_parameter(self._log_number, nn.Parameter(torch.tensor(math.log(number))))
         self.noise = ActionNoise(spec, log_std, log_std_min)
 
     @property
@@ -45,6 +48,6 @@ class SyntheticBatch(nn.Module):
         return len(self.targets)
 
     @property
-    def learning_rate(self) -> Tensor:
-        """η, the size of the one SGD step; scalar, positive."""
-        return self.log_learning_rate.exp()
+    def number(self) -> Tensor:
+        """The step rule's number: the step size η of ``sgd``, α of ``line_search``, λ of ``newton``; scalar, positive."""
+        return getattr(self, self._log_number).exp()

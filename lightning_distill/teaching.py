@@ -1,15 +1,14 @@
-"""The one step: θ₁ = θ₀ − η ∇θ mean‖f_θ₀(x) − y‖² (Wilhelm & Ventura 2025, section 3).
+"""The one step, applied to anybody's modules: ``teach`` one or ``teach_many``, by a step rule, and get policies.
 
-``sgd_step`` teaches K stacked learners at once and is differentiable in observations, targets and learning rate;
-``teach`` and ``teach_many`` apply the same step to anybody's modules and return policies.
+The rules themselves, differentiable and for K stacked learners, are in ``step_rules.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,39 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from .dataset import normalise
-from .learners import FIXED, Forward, LearnerFamily, Params, run_stacked, stack_modules
+from .learners import (
+    FIXED,
+    Forward,
+    LearnerFamily,
+    Learners,
+    Params,
+    StackedModules,
+    UnfitLearner,
+    count_learners,
+    stack_parameters,
+)
+from .step_rules import STEP_RULES, StepRule, best_steps
 
 if TYPE_CHECKING:
     from .dataset import DistilledDataset
 
 LOG_STD_NAMES = ("log_std", "logstd")
-
-
-def sgd_step(forward: Forward, params: Params, observations: Tensor, targets: Tensor, learning_rate: Tensor) -> Params:
-    """Parameters of K learners after one plain SGD step on the mean squared error over pairs and dimensions.
-
-    Args:
-        forward: (params, observations [K, n, *obs]) → outputs [K, n, d].
-        params: of the fresh learners, each [K, …]; those marked ``FIXED`` are returned as they are.
-        observations: [n, *obs].
-        targets: [n, d].
-        learning_rate: scalar η.
-
-    Raises:
-        ValueError: the learners return another number of outputs.
-    """
-    fixed = {name: value for name, value in params.items() if name.startswith(FIXED)}
-    trainable = {name: value for name, value in params.items() if name not in fixed}
-
-    def loss(trainable: Params) -> Tensor:
-        learners = next(iter(trainable.values())).shape[0]
-        outputs = forward(trainable | fixed, observations.expand(learners, *observations.shape))
-        _check_outputs(outputs, (learners, *targets.shape))
-        # Learners share nothing, so the gradient of the sum holds every learner's own gradient.
-        return (outputs - targets).square().flatten(1).mean(1).sum()
-
-    gradients = torch.func.grad(loss)(trainable)
-    return {name: value - learning_rate * gradients[name] for name, value in trainable.items()} | fixed
 
 
 class Policy(nn.Module):
@@ -146,7 +129,7 @@ class StackedPolicy(Policy):
     @property
     def learners(self) -> int:
         """K, the number of learners."""
-        return len(_floating(self.module))
+        return count_learners(self.module.params)
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -175,9 +158,14 @@ class StackedLearners(nn.Module):
 
 
 def teach(
-    module: nn.Module, dataset: DistilledDataset, *, in_place: bool = False, log_std: str | None = None
+    module: nn.Module,
+    dataset: DistilledDataset,
+    step_rule: str | None = None,
+    *,
+    in_place: bool = False,
+    log_std: str | None = None,
 ) -> Policy:
-    """Teach one module by one SGD step on the dataset and return it as a policy.
+    """Teach one module by one step on the dataset and return it as a policy.
 
     The module is taught, and acts, in evaluation mode: dropout is off and batch normalisation uses its running
     statistics, so that the function that is taught is the one that acts. Only parameters with ``requires_grad`` move;
@@ -187,29 +175,35 @@ def teach(
         module: maps normalised observations [B, *obs] to logits or action means [B, d]; any architecture, on any one
             device, of any floating dtype.
         dataset: from :func:`lightning_distill.load`.
+        step_rule: ``sgd``, ``line_search`` or ``newton``, if the dataset has the number that goes with it; default: the
+            one that the dataset recommends.
         in_place: change the caller's module, and leave it in evaluation mode; by default a copy is taught.
         log_std: name of the module's own log standard deviation, [d] or [1, d], which is set to the dataset's after the
             step (continuous only). By default parameters of these shapes called ``log_std`` or ``logstd`` are.
 
     Raises:
         ValueError: the module does not take the dataset's observations, does not return its number of outputs, or has
-            nothing to teach; or the dataset asks for more than the plain step.
+            nothing to teach; or the dataset does not go with the step rule, or the module does not (``UnfitLearner``).
     """
-    _check_plain(dataset)
+    _check_encoder(dataset)
+    rule, number = _step_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
         taught = module if in_place else _copied(module)
         modes = [(part, part.training) for part in taught.modules()]
         try:
             own_log_stds = _own_log_stds(taught, dataset, log_std)
-            gradients = _gradients(taught.eval(), dataset)
+            with torch.no_grad():
+                params = stack_parameters([taught])
+                stepped = _step(rule, number, StackedModules(taught), params, dataset)
         except BaseException:
             for part, training in modes:
                 part.training = training
             raise
         with torch.no_grad():
-            for parameter, gradient in gradients:
-                parameter -= dataset.learning_rate.to(gradient) * gradient
+            for name, parameter in taught.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(stepped[name][0])
             for parameter in own_log_stds:
                 parameter.copy_(dataset.log_std.view(parameter.shape))
         return Policy(taught, dataset.to(_floating(taught).device)).eval()
@@ -219,42 +213,68 @@ def teach_many(
     family: LearnerFamily | Sequence[nn.Module],
     dataset: DistilledDataset,
     learners: int | None = None,
+    step_rule: str | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> StackedPolicy:
-    """Teach K learners at once, each by one SGD step on the dataset, and return them as one stacked policy.
+    """Teach K learners at once, each by one step on the dataset, and return them as one stacked policy.
 
     Args:
         family: what learners are drawn from, by torch's global random state; or K modules of one architecture, which
             are copied, taught in evaluation mode, and must be such that ``torch.func.vmap`` can run them.
         dataset: from :func:`lightning_distill.load`.
         learners: K, learners to draw; for a family only.
+        step_rule: as in :func:`teach`.
         device: where a family is drawn and taught; modules stay where they are.
 
     Raises:
         ValueError: as :func:`teach`; or the modules differ in architecture.
     """
-    _check_plain(dataset)
+    _check_encoder(dataset)
+    rule, number = _step_rule(dataset, step_rule)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):
             if learners is None or learners < 1:
                 raise ValueError(f"learners={learners}: how many to draw of the family, an integer ≥ 1")
-            forward = family.forward
             params = family.draw(learners, dataset.observation_shape, dataset.outputs, device)
+            stack: Learners = family
         else:
             if learners is not None or not family:
                 raise ValueError(f"learners={learners} with {len(family)} modules: allowed is None with 1 or more")
-            skeleton, params = stack_modules(family)
-            forward = partial(run_stacked, skeleton)
-        like = next((value for name, value in params.items() if not name.startswith(FIXED)), None)
-        if like is None:
-            raise ValueError("learners have no trainable parameter: one step cannot teach them")
-        # Copies: of a tensor made in inference mode nothing can be differentiated.
-        tensors = (dataset.observations, dataset.targets, dataset.learning_rate)
-        pairs = [tensor.to(like, copy=True) for tensor in tensors]
-        with _accepting(dataset), keep_random_state(like.device):
-            taught = sgd_step(forward, params, *pairs)
-        return StackedPolicy(forward, taught, dataset.to(like.device)).eval()
+            params = stack_parameters(family)
+            stack = StackedModules(copy.deepcopy(family[0]))
+        taught = _step(rule, number, stack, params, dataset)
+        return StackedPolicy(stack.forward, taught, dataset.to(_like(params).device)).eval()
+
+
+def with_line_search(dataset: DistilledDataset, family: LearnerFamily, learners: int = 64) -> DistilledDataset:
+    """The dataset with the α by which ``line_search`` takes steps as long, on average, as its plain step.
+
+    α = η over the geometric mean of the best steps of fresh learners of the family that it was distilled with. Returned
+    as it is if it has an α; torch's random state is left as it was.
+    """
+    if dataset.line_search_scale is not None:
+        return dataset
+    scale = dataset.learning_rate / _mean_best_step(dataset, family, learners)
+    return dataclasses.replace(dataset, line_search_scale=scale)
+
+
+def with_plain_step(dataset: DistilledDataset, family: LearnerFamily, learners: int = 64) -> DistilledDataset:
+    """The dataset with the η that is the best plain step, on average, of fresh learners of a family; times its α, if any.
+
+    For datasets distilled by another rule: what the plain step then does is worth a row in every table.
+    """
+    step = _mean_best_step(dataset, family, learners)
+    return dataclasses.replace(dataset, learning_rate=step * (dataset.line_search_scale or 1.0))
+
+
+def _mean_best_step(dataset: DistilledDataset, family: LearnerFamily, learners: int) -> Tensor:
+    device = dataset.observations.device
+    with torch.inference_mode(False), torch.no_grad(), keep_random_state(device):
+        torch.manual_seed(0)
+        params = family.draw(learners, dataset.observation_shape, dataset.outputs, device)
+        steps = best_steps(family, params, dataset.observations.clone(), dataset.targets.clone())
+        return steps.clamp(min=torch.finfo(steps.dtype).tiny).log().mean().exp()
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -264,30 +284,39 @@ def _copied(module: nn.Module) -> nn.Module:
         raise ValueError(f"module cannot be copied ({error}); in_place=True teaches the module itself") from error
 
 
-def _check_plain(dataset: DistilledDataset) -> None:
-    if dataset.step_rule != "sgd":
-        raise ValueError(f"step_rule={dataset.step_rule!r}: only the plain step, 'sgd', is taught by this version")
+def _check_encoder(dataset: DistilledDataset) -> None:
     if dataset.encoder_level:
         raise ValueError(f"encoder_level={dataset.encoder_level}: this version teaches without an encoder, level 0")
 
 
-def _gradients(module: nn.Module, dataset: DistilledDataset) -> list[tuple[nn.Parameter, Tensor]]:
-    """Every trainable parameter that the outputs depend on, with the gradient of the loss."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("module has no trainable parameter: one step cannot teach it")
-    like = parameters[0]
-    # A copy: of a tensor made in inference mode nothing can be differentiated.
-    observations = dataset.observations.to(like.device, like.dtype, copy=True)
-    with keep_random_state(like.device):
-        with _accepting(dataset):
-            outputs = module(observations)
-            _check_outputs(outputs, tuple(dataset.targets.shape))
-        if not outputs.requires_grad:
-            raise ValueError("module returns outputs that depend on no trainable parameter: one step cannot teach it")
-        loss = nn.functional.mse_loss(outputs, dataset.targets.to(outputs, copy=True))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
+def _step_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, Tensor]:
+    """The rule of that name, by default the dataset's, and its number in the dataset."""
+    name = name or dataset.step_rule
+    usable = [known for known, rule in STEP_RULES.items() if getattr(dataset, rule.number) is not None]
+    if name not in STEP_RULES:
+        raise ValueError(f"step_rule={name!r}: allowed with this dataset are {', '.join(usable)}")
+    if name not in usable:
+        raise ValueError(
+            f"step_rule={name!r}: the dataset has no {STEP_RULES[name].number}; allowed are {', '.join(usable)}"
+        )
+    return STEP_RULES[name], getattr(dataset, STEP_RULES[name].number)
+
+
+def _step(rule: StepRule, number: Tensor, learners: Learners, params: Params, dataset: DistilledDataset) -> Params:
+    """Parameters of the taught learners; torch's random state is left as it was."""
+    like = _like(params)
+    # Copies: of a tensor made in inference mode nothing can be differentiated.
+    pairs = [tensor.to(like, copy=True) for tensor in (dataset.observations, dataset.targets, number)]
+    with _accepting(dataset), keep_random_state(like.device):
+        return rule(learners, params, *pairs)
+
+
+def _like(params: Params) -> Tensor:
+    """A trainable parameter, which shows device and dtype."""
+    like = next((value for name, value in params.items() if not name.startswith(FIXED)), None)
+    if like is None:
+        raise UnfitLearner("learners have no trainable parameter: one step cannot teach them")
+    return like
 
 
 def _own_log_stds(module: nn.Module, dataset: DistilledDataset, name: str | None) -> list[Tensor]:
@@ -311,23 +340,12 @@ def _own_log_stds(module: nn.Module, dataset: DistilledDataset, name: str | None
     return [found[name]]
 
 
-class _WrongOutputs(ValueError):
-    """What a module returned, as opposed to an error of its own."""
-
-
-def _check_outputs(outputs: Tensor, expected: tuple[int, ...]) -> None:
-    if not isinstance(outputs, Tensor):
-        raise _WrongOutputs(f"module returns a {type(outputs).__name__}, expected a tensor of shape {list(expected)}")
-    if tuple(outputs.shape) != tuple(expected):
-        raise _WrongOutputs(f"module returns shape {list(outputs.shape)}, expected {list(expected)}")
-
-
 @contextlib.contextmanager
 def _accepting(dataset: DistilledDataset) -> Iterator[None]:
     """Says what a module was given when it fails on it."""
     try:
         yield
-    except _WrongOutputs:
+    except UnfitLearner:
         raise
     except Exception as error:  # somebody else's module may raise anything
         shape = list(dataset.observations.shape)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
 from lightning_distill.learners import FIXED
-from lightning_distill.teaching import sgd_step
+from lightning_distill.step_rules import sgd
 
 # --- the step --------------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def double_problem(learners: int = 3, pairs: int = 5, width: int = 4):
 def test_the_step_is_the_one_written_out_by_hand():
     """Back-propagation of mean‖f(x) − y‖² through two tanh layers and a linear one, in numpy, learner by learner."""
     family, params, observations, targets, learning_rate = double_problem()
-    taught = sgd_step(family.forward, params, observations, targets, learning_rate)
+    taught = sgd(family, params, observations, targets, learning_rate)
     x, y = observations.detach().numpy(), targets.detach().numpy()
     for k in range(3):
         (w0, b0), (w1, b1), (w2, b2) = (
@@ -57,7 +57,7 @@ def test_the_step_is_differentiable_in_observations_targets_and_learning_rate():
     probe = torch.randn(2, 4, 3, dtype=torch.float64)
 
     def outputs_after(observations: Tensor, targets: Tensor, learning_rate: Tensor) -> Tensor:
-        return family.forward(sgd_step(family.forward, params, observations, targets, learning_rate), probe)
+        return family.forward(sgd(family, params, observations, targets, learning_rate), probe)
 
     assert torch.autograd.gradcheck(outputs_after, inputs)
 
@@ -86,7 +86,7 @@ def test_families_modules_and_stacks_of_them_are_taught_alike():
     stacked = teach_many(modules, dataset)(observation)
     pairs = (dataset.observations, dataset.targets, dataset.learning_rate)
     by_family = family.forward(
-        sgd_step(family.forward, as_mlp(modules), *pairs),
+        sgd(family, as_mlp(modules), *pairs),
         torch.stack([dataset.normalise(o) for o in observation]),
     )
     torch.testing.assert_close(stacked, one_by_one)
@@ -145,7 +145,7 @@ def test_only_what_is_trainable_takes_the_step():
     torch.manual_seed(0)
     dataset, family = make_dataset(), ModuleFamily(RandomFeatures)
     params = family.draw(3, (17,), 6)
-    taught = sgd_step(family.forward, params, dataset.observations, dataset.targets, dataset.learning_rate)
+    taught = sgd(family, params, dataset.observations, dataset.targets, dataset.learning_rate)
     moved = {name for name, value in taught.items() if not torch.equal(value, params[name])}
     assert moved == {"output.weight", "output.bias"}
     assert {name for name in params if name.startswith(FIXED)} == params.keys() - moved
@@ -264,7 +264,7 @@ def test_the_meta_gradient_passes_through_any_module(name):
     dataset, family = make_dataset(), ModuleFamily(lambda shape, outputs: MODULES[name]())
     observations = dataset.observations.clone().requires_grad_()
     params = family.draw(2, (17,), 6)
-    taught = sgd_step(family.forward, params, observations, dataset.targets, dataset.learning_rate)
+    taught = sgd(family, params, observations, dataset.targets, dataset.learning_rate)
     family.forward(taught, torch.randn(2, 3, 17)).square().mean().backward()
     assert observations.grad.isfinite().all()
     assert observations.grad.abs().sum() > 0
@@ -430,7 +430,11 @@ def test_stacks_that_do_not_fit():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"metadata": {"step_rule": "newton"}}, r"step_rule='newton': only the plain step"),
+        (
+            {"metadata": {"step_rule": "newton"}},
+            r"step_rule='newton': the dataset has no newton_ridge; allowed are sgd",
+        ),
+        ({"metadata": {"step_rule": "adam"}}, r"step_rule='adam': allowed with this dataset are sgd"),
         ({"metadata": {"encoder_level": 1}, "encoder": {"bias": torch.ones(1)}}, r"encoder_level=1"),
     ],
 )

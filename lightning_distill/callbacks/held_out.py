@@ -6,29 +6,39 @@ import lightning as L
 import torch
 
 from ..envs import ConfigError
-from ..evaluation import IN_DISTRIBUTION
-from ..families import as_family
+from ..evaluation import IN_DISTRIBUTION, reported_rules, row_name
+from ..families import HELD_OUT, as_family, told_apart
 from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
 
 
 class HeldOutLearners(L.Callback):
-    """At every validation and test, fresh learners of each listed family are taught and play whole episodes.
+    """Fresh learners of each listed family are taught and play whole episodes: all at the test, a few at every validation.
 
     Logs, per family, the mean return with its 95 % confidence interval, and the share of the in-distribution return
-    (where that is positive: a share of a negative return says nothing).
+    (where that is positive: a share of a negative return says nothing). Actions are sampled. The test teaches by the
+    recommended rule and by the plain step. A family that the training draws from is reported as such.
 
     Args:
         families: names of families, or name → family; any ``nn.Module`` factory by class path, as ``package.Module`` or
-            through ``lightning_distill.ModuleFamily``.
+            through ``lightning_distill.ModuleFamily``. Default: ``lightning_distill.families.HELD_OUT``.
+        at_validation: names of those that also play at every validation; default: all. A validation of all of them
+            would take longer than the training between two.
     """
 
-    def __init__(self, families: list[str] | dict[str, LearnerFamily | str] | None = None) -> None:
-        named = families if isinstance(families, dict) else {name: name for name in families or []}
+    def __init__(
+        self,
+        families: list[str] | dict[str, LearnerFamily | str] | None = None,
+        at_validation: list[str] | None = None,
+    ) -> None:
+        families = list(HELD_OUT) if families is None else families
+        named = families if isinstance(families, dict) else {name: name for name in families}
         self.families = {name: as_family(family) for name, family in named.items()}
+        self.at_validation = set(self.families if at_validation is None else at_validation)
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
         spec = pl_module.spec
+        self.families = told_apart(self.families, pl_module.family)
         for name, family in self.families.items():
             # Now rather than at the first validation, when a part of the run is done.
             try:
@@ -40,23 +50,26 @@ class HeldOutLearners(L.Callback):
                 raise ConfigError(f"held_out.families: {name!r} returns {shape[2:]}, expected ({spec.actions},)")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        dataset = pl_module.distilled()
         for name, family in self.families.items():
-            evaluation = trainer.datamodule.evaluate(pl_module.distilled(), family, "validate")
-            pl_module.evaluations[name] = {"sampled": evaluation}
-            self._log(pl_module, name, "sampled", "held_out")
+            if name in self.at_validation:
+                evaluation = trainer.datamodule.evaluate(dataset, family, "validate")
+                pl_module.evaluations[name] = {"sampled": evaluation}
+                self._log(pl_module, name, "held_out")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
-        for name, family in self.families.items():
-            pl_module.evaluations[name] = {}
-            for kind in ("sampled", "greedy"):
-                evaluation = trainer.datamodule.evaluate(pl_module.distilled(), family, "test", greedy=kind == "greedy")
-                pl_module.evaluations[name][kind] = evaluation
-                self._log(pl_module, name, kind, f"test/{kind}")
+        dataset = pl_module.distilled()
+        for rule in reported_rules(dataset):
+            for name, family in self.families.items():
+                evaluation = trainer.datamodule.evaluate(dataset, family, "test", step_rule=rule)
+                row = row_name(name, rule, dataset)
+                pl_module.evaluations[row] = {"sampled": evaluation}
+                self._log(pl_module, row, "test/sampled")
 
     @staticmethod
-    def _log(pl_module: MetaPPO, name: str, kind: str, prefix: str) -> None:
-        evaluation = pl_module.evaluations[name][kind]
-        reference = pl_module.evaluations[IN_DISTRIBUTION][kind].mean
+    def _log(pl_module: MetaPPO, name: str, prefix: str) -> None:
+        evaluation = pl_module.evaluations[name]["sampled"]
+        reference = pl_module.evaluations[IN_DISTRIBUTION]["sampled"].mean
         pl_module.log(f"{prefix}/{name}/return", evaluation.mean, batch_size=1)
         pl_module.log(f"{prefix}/{name}/return_ci95", evaluation.ci95, batch_size=1)
         if reference > 0:

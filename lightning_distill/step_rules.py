@@ -1,0 +1,159 @@
+"""Step rules: how a learner takes its one step on the pairs. Each has one number, which the dataset holds.
+
+    sgd           θ₁ = θ₀ − η g                      g = ∇θ mean‖f_θ₀(x) − y‖², η learned (Wilhelm & Ventura 2025, section 3)
+    line_search   η = α ⟨r, J g⟩ / ‖J g‖²            r = f_θ₀(x) − y, J g its derivative along g, α learned
+    newton        W = φᵀ (φ φᵀ + λ tr(φ φᵀ)/n I)⁻¹ (y − ȳ),   f_θ₁(s) = ȳ + (φ(s) − φ̄) W,   λ learned
+
+With α = 1 a line search goes to the minimum of the linearised loss along the gradient (Cauchy 1847), so a step is equally
+long for narrow and wide learners. ``newton`` is one Newton step of the last layer's weights and bias on the same loss with
+weight decay λ tr(φ φᵀ)/n ‖W‖²; that loss is quadratic, so one step is exact and forgets the initial weights (ridge
+regression, Hoerl & Kennard 1970). φ are the features that enter the last layer, centred by their mean φ̄ over the pairs.
+
+All are differentiable in pairs and number, and take K stacked learners at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .learners import FIXED, Learners, Params, UnfitLearner
+
+Step = Callable[[Learners, Params, Tensor, Tensor, Tensor], Params]
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """A step and where its number stands.
+
+    Attributes:
+        step: (learners of one architecture, params, observations, targets, number) → params of the taught learners.
+        number: name of its one number, as a field of ``DistilledDataset`` and a tensor of the file.
+    """
+
+    step: Step
+    number: str
+
+    def __call__(
+        self, learners: Learners, params: Params, observations: Tensor, targets: Tensor, number: Tensor
+    ) -> Params:
+        """Parameters of K taught learners.
+
+        Args:
+            learners: what runs them.
+            params: of the fresh learners, each [K, …]; those marked ``FIXED`` are returned as they are.
+            observations: [n, *obs].
+            targets: [n, d].
+            number: scalar.
+
+        Raises:
+            UnfitLearner: the rule cannot teach these learners, or they return another number of outputs.
+        """
+        return learners.map(lambda part, its: self.step(part, its, observations, targets, number), params)
+
+
+def sgd(learners: Learners, params: Params, observations: Tensor, targets: Tensor, learning_rate: Tensor) -> Params:
+    """One plain SGD step on the mean squared error over pairs and dimensions, of size η."""
+    gradients = _gradients(learners, params, observations, targets)
+    return params | {name: params[name] - learning_rate * gradient for name, gradient in gradients.items()}
+
+
+def line_search(learners: Learners, params: Params, observations: Tensor, targets: Tensor, scale: Tensor) -> Params:
+    """One SGD step of α times the size that minimises the linearised loss along the gradient, for each learner."""
+    gradients = _gradients(learners, params, observations, targets)
+    steps = scale * _best_steps(learners, params, observations, targets, gradients)
+    return params | {
+        name: params[name] - steps.view(-1, *[1] * (gradient.dim() - 1)) * gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def newton(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
+    """One damped Newton step of the last layer, on features centred over the pairs; other layers stay as they are."""
+    features = learners.features(params, observations.expand(_learners(params), *observations.shape))
+    if features.dtype in (torch.float16, torch.bfloat16):  # which linear algebra does not know
+        features, targets, ridge = features.float(), targets.float(), ridge.float()
+    mean, target_mean = features.mean(1, keepdim=True), targets.mean(0)
+    centred = features - mean
+    gram = centred @ centred.mT
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # Features that are all alike teach nothing: W = 0.
+    damping = (ridge * diagonal.mean(-1, keepdim=True)).clamp(min=torch.finfo(gram.dtype).tiny)
+    gram = gram + torch.diag_embed(damping.expand_as(diagonal))
+    weight = centred.mT @ torch.linalg.solve(gram, (targets - target_mean).expand(len(gram), *targets.shape))
+    return learners.with_output_layer(params, weight, target_mean - mean @ weight)
+
+
+#: In the order of how little they ask of a learner; the first is the plain step.
+STEP_RULES = {
+    "sgd": StepRule(sgd, "learning_rate"),
+    "line_search": StepRule(line_search, "line_search_scale"),
+    "newton": StepRule(newton, "newton_ridge"),
+}
+
+
+def best_steps(learners: Learners, params: Params, observations: Tensor, targets: Tensor) -> Tensor:
+    """Step size [K] of each learner that minimises the linearised loss along its gradient: ``line_search`` with α = 1."""
+    found: list[Tensor] = []
+
+    def collect(part: Learners, its: Params) -> Params:
+        gradients = _gradients(part, its, observations, targets)
+        found.append(_best_steps(part, its, observations, targets, gradients))
+        return its
+
+    learners.map(collect, params)
+    return torch.cat(found)
+
+
+def check_outputs(outputs: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ``UnfitLearner`` unless outputs [K, n, d] have the shape that is expected; of one learner it names [n, d]."""
+    shown = list(expected[expected[0] == 1 :])
+    if not isinstance(outputs, Tensor):
+        raise UnfitLearner(f"module returns a {type(outputs).__name__}, expected a tensor of shape {shown}")
+    if tuple(outputs.shape) != tuple(expected):
+        raise UnfitLearner(f"module returns shape {list(outputs.shape[expected[0] == 1 :])}, expected {shown}")
+
+
+def _learners(params: Params) -> int:
+    return len(next(iter(params.values())))
+
+
+def _trainable(params: Params) -> Params:
+    return {name: value for name, value in params.items() if not name.startswith(FIXED)}
+
+
+def _gradients(learners: Learners, params: Params, observations: Tensor, targets: Tensor) -> Params:
+    """Gradient of each learner's own loss, for every trainable parameter that it depends on."""
+    trainable = _trainable(params)
+
+    def loss(trainable: Params) -> Tensor:
+        outputs = learners.forward(params | trainable, observations.expand(_learners(params), *observations.shape))
+        check_outputs(outputs, (_learners(params), *targets.shape))
+        # Learners share nothing, so the gradient of the sum holds every learner's own gradient.
+        return (outputs - targets).square().flatten(1).mean(1).sum()
+
+    if torch.is_grad_enabled():
+        return torch.func.grad(loss)(trainable)  # whose own derivatives end at the pairs, and do not go on to θ₀
+    with torch.enable_grad():  # ordinary autograd takes modules that torch.func does not
+        leaves = {name: value.detach().requires_grad_() for name, value in trainable.items()}
+        total = loss(leaves)
+        if not total.requires_grad:
+            raise UnfitLearner(
+                "module returns outputs that depend on no trainable parameter: one step cannot teach it"
+            )
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+
+
+def _best_steps(
+    learners: Learners, params: Params, observations: Tensor, targets: Tensor, gradients: Params
+) -> Tensor:
+    def outputs(trainable: Params) -> Tensor:
+        return learners.forward(params | trainable, observations.expand(_learners(params), *observations.shape))
+
+    found, change = torch.func.jvp(outputs, ({name: params[name] for name in gradients},), (gradients,))
+    along, curvature = ((found - targets) * change).flatten(1).sum(1), change.square().flatten(1).sum(1)
+    return along / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
