@@ -1,4 +1,4 @@
-"""The commands beside training: ``evaluate``, ``show``, ``watch``, ``list``, ``import``.
+"""The commands beside training: ``evaluate``, ``show``, ``watch``, ``list``, ``import``, ``search``.
 
 Each is a function: its signature gives the options, its docstring the help. With ``--json`` it writes JSON alone on
 standard output. Bad input ends with exit code 2 and one line on standard error.
@@ -260,12 +260,55 @@ def import_file(
     print(f"written: {path}")
 
 
+def search(
+    config: str,
+    *,
+    pairs: list[int],
+    level: float | None = None,
+    share: float = 0.9,
+    option: list[str] | None = None,
+    output: str = "runs/search",
+    json: bool = False,
+) -> None:
+    """The smallest dataset: runs a config with more and more pairs until fresh learners reach a level.
+
+    Args:
+        config: of the experiment, as `lightning fit --config` takes it.
+        pairs: numbers of pairs to try; each is a run of its own.
+        level: mean return (sampled actions) that suffices; default: a share of the return with the most pairs, which is
+            then run first.
+        share: that share.
+        option: more options of `lightning fit`, without their dashes: seed_everything=2 data.env_steps=500000.
+        output: folder of the runs.
+        json: write JSON.
+    """
+    from rich.table import Table
+
+    from .search import smallest
+
+    found, trials, level = smallest(
+        config, pairs, level, share, Path(output), [f"--{entry.removeprefix('--')}" for entry in option or []]
+    )
+    if json:
+        rows = [{"pairs": trial.pairs, "path": str(trial.path)} | trial.entry for trial in trials]
+        _print_json({"smallest": found and found.pairs, "level": level, "runs": rows})
+        return
+    table = Table("pairs", "return ± 95 % CI, sampled", "worst", "dataset", title=f"{config}: level {level:.1f}")
+    for trial in trials:
+        marked = f"{trial.pairs}" + (" (smallest)" if trial is found else "")
+        table.add_row(marked, _with_interval(trial.entry), f"{trial.entry['worst']:.1f}", str(trial.path))
+    _console().print(table)
+    if found is None:
+        print(f"none of {', '.join(str(trial.pairs) for trial in trials)} pairs reaches {level:.1f}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "show": show,
     "watch": watch,
     "list": list_zoo,
     "import": import_file,
+    "search": search,
 }
 SHORT = {"output": "-o"}
 
@@ -309,8 +352,9 @@ def _parser(name: str) -> Any:
             options["default"] = parameter.default
         if hints[key] is bool:
             options["action"] = "store_true"
-        elif hints[key] == list[str] | None:
-            options |= {"type": str, "nargs": "+", "metavar": "NAME"}
+        elif hints[key] in (list[str] | None, list[int]):
+            kind = int if hints[key] == list[int] else str
+            options |= {"type": kind, "nargs": "+", "metavar": "NUMBER" if kind is int else "NAME"}
         else:
             options["type"] = hints[key]
         parser.add_argument(*flags, **options)

@@ -1,0 +1,86 @@
+"""Search for the smallest dataset: the same experiment with more and more pairs, until they suffice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .dataset import DistilledDataset, load
+from .envs import ConfigError
+from .evaluation import IN_DISTRIBUTION
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: its number of pairs, its dataset, and the returns of fresh learners (sampled actions) in its test."""
+
+    pairs: int
+    path: Path
+    dataset: DistilledDataset
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return self.dataset.metadata["returns"][IN_DISTRIBUTION]["sampled"]
+
+
+def smallest(
+    config: str, pairs: Sequence[int], level: float | None, share: float, folder: Path, options: Sequence[str] = ()
+) -> tuple[Trial | None, list[Trial], float]:
+    """The least of ``pairs`` whose fresh learners reach a level in their mean return.
+
+    Args:
+        config: of the experiment, as ``lightning fit --config`` takes it.
+        pairs: numbers of pairs to try, each a run of its own from the same seed.
+        level: mean return that suffices; None: ``share`` times that with the largest number of pairs, which is then
+            run first.
+        share: see there.
+        folder: where runs go; each has a folder ``pairs_N`` with its log ``fit.log`` and its dataset.
+        options: more options of ``lightning fit``, such as ``--seed_everything=2``.
+
+    Returns:
+        the trial that suffices, if any; all trials, by number of pairs; the level.
+
+    Raises:
+        ConfigError: an argument is out of range, or a run failed: the message ends with its last line.
+    """
+    numbers = sorted(set(pairs))
+    if not numbers or numbers[0] < 1:
+        raise ConfigError(f"pairs={list(pairs)}: allowed are one or more integers ≥ 1")
+    if not 0 < share <= 1:
+        raise ConfigError(f"share={share}: allowed are numbers above 0, up to 1")
+    trials: dict[int, Trial] = {}
+
+    def run(number: int) -> Trial:
+        if number not in trials:
+            trials[number] = _fit(config, number, folder / f"pairs_{number}", options)
+        return trials[number]
+
+    if level is None:
+        most = run(numbers[-1]).entry["mean"]
+        if most <= 0:
+            raise ConfigError(f"share={share} of a return of {most:.1f} says nothing; give a level")
+        level = share * most
+    found = next((number for number in numbers if run(number).entry["mean"] >= level), None)
+    return None if found is None else trials[found], [trials[number] for number in sorted(trials)], level
+
+
+def _fit(config: str, pairs: int, folder: Path, options: Sequence[str]) -> Trial:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log = folder / "distilled.safetensors", folder / "fit.log"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "lightning_distill.cli", "fit", f"--config={config}", *options]
+    command += [f"--model.pairs={pairs}", f"--trainer.default_root_dir={folder}", f"--export.dirpath={folder}"]
+    with log.open("w") as file:
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+    lines = log.read_text().split("\n")
+    if result.returncode:
+        said = next((line for line in reversed(lines) if line.strip()), "nothing")
+        raise ConfigError(f"the run with {pairs} pairs failed, see {log}: {said.strip()}")
+    dataset = load(path)
+    if IN_DISTRIBUTION not in dataset.metadata.get("returns", {}):
+        raise ConfigError(f"the run with {pairs} pairs was not tested, see {log}")
+    return Trial(pairs, path, dataset)

@@ -1,0 +1,48 @@
+"""The search for the smallest dataset: real runs, kept short."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightning_distill.cli import main
+from lightning_distill.dataset import load
+from lightning_distill.envs import ConfigError
+from lightning_distill.search import smallest
+
+SHORT = (
+    "data.env_steps=60000 data.val_learners=4 data.test_learners=10 trainer.val_check_interval=1.0 held_out.families=[] "
+    "trainer.logger=false trainer.enable_progress_bar=false report.pictures=false"
+).split()
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text("data: {env: CartPole-v1, num_envs: 64, rollout_length: 50}\nmodel: {pairs: 9}\n")
+    return str(path)
+
+
+def test_least_number_of_pairs_that_suffices(config, tmp_path, capsys):
+    arguments = ["search", config, "--pairs", "2", "1", "--level", "30", "--output", str(tmp_path / "out"), "--json"]
+    main([*arguments, "--option", *SHORT])
+    answer = json.loads(capsys.readouterr().out)
+    tried = [run["pairs"] for run in answer["runs"]]
+    assert tried == ([1] if answer["smallest"] == 1 else [1, 2]), "smaller numbers come first, and then no more"
+    last = answer["runs"][-1]
+    assert last["pairs"] == answer["smallest"]
+    assert last["mean"] >= 30
+    assert load(last["path"]).pairs == answer["smallest"]
+
+
+def test_a_run_that_fails_is_named(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"run with 3 pairs failed.*fit\.log.*NoSuchEnv"):
+        smallest(config, [3], 1.0, 0.9, tmp_path, ["--data.env=NoSuchEnv-v0"])
+
+
+@pytest.mark.parametrize(("pairs", "share"), [([], 0.9), ([0, 2], 0.9), ([2], 0.0), ([2], 1.5)])
+def test_arguments_out_of_range(config, tmp_path, pairs, share):
+    with pytest.raises(ConfigError, match="allowed"):
+        smallest(config, pairs, None, share, tmp_path)
+    assert not list(tmp_path.glob("pairs_*"))
