@@ -11,10 +11,16 @@ from lightning_distill.dataset import load
 from lightning_distill.envs import ConfigError
 from lightning_distill.search import smallest
 
-SHORT = (
-    "data.env_steps=60000 data.val_learners=4 data.test_learners=10 trainer.val_check_interval=1.0 held_out.families=[] "
-    "trainer.logger=false trainer.enable_progress_bar=false report.pictures=false"
-).split()
+SHORT = [
+    "data.env_steps=60000",
+    "data.val_learners=4",
+    "data.test_learners=10",
+    "trainer.val_check_interval=1.0",
+    "held_out.families=[]",
+    "trainer.logger=false",
+    "trainer.enable_progress_bar=false",
+    "report.pictures=false",
+]
 
 
 @pytest.fixture
