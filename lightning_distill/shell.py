@@ -71,7 +71,7 @@ def evaluate(
     """
     from .envs.variations import Variation
     from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, trained_family
-    from .families import HELD_OUT, told_apart
+    from .families import HELD_OUT, families_apart
     from .tables import returns_table, shares
 
     pairs = load(dataset)
@@ -80,7 +80,7 @@ def evaluate(
     families = {name: _family(name, pairs) for name in family or [IN_DISTRIBUTION]}
     if held_out:
         strangers = {name: _family(name, pairs) for name in HELD_OUT if name not in families}
-        families |= told_apart(strangers, trained_family(pairs))
+        families |= families_apart(strangers, trained_family(pairs))
     evaluations = evaluate_all(
         pairs,
         families,

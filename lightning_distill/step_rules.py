@@ -141,19 +141,17 @@ def _gradients(learners: Learners, params: Params, observations: Tensor, targets
         leaves = {name: value.detach().requires_grad_() for name, value in trainable.items()}
         total = loss(leaves)
         if not total.requires_grad:
-            raise UnfitLearner(
-                "module returns outputs that depend on no trainable parameter: one step cannot teach it"
-            )
+            raise UnfitLearner("module returns outputs that depend on no trainable parameter: one step cannot teach it")
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
 
 
-def _best_steps(
-    learners: Learners, params: Params, observations: Tensor, targets: Tensor, gradients: Params
-) -> Tensor:
+def _best_steps(learners: Learners, params: Params, observations: Tensor, targets: Tensor, gradients: Params) -> Tensor:
     def outputs(trainable: Params) -> Tensor:
         return learners.forward(params | trainable, observations.expand(_learners(params), *observations.shape))
 
-    found, change = torch.func.jvp(outputs, ({name: params[name] for name in gradients},), (gradients,))
+    # J g by reverse mode twice, as fewer modules know forward mode: v ↦ Jᵀ v is linear, and its transpose is J.
+    found, transpose = torch.func.vjp(outputs, {name: params[name] for name in gradients})
+    (change,) = torch.func.vjp(transpose, torch.zeros_like(found))[1]((gradients,))
     along, curvature = ((found - targets) * change).flatten(1).sum(1), change.square().flatten(1).sum(1)
     return along / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)

@@ -430,7 +430,10 @@ def test_stacks_that_do_not_fit():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"metadata": {"step_rule": "newton"}}, r"step_rule='newton': the dataset has no newton_ridge; allowed are sgd"),
+        (
+            {"metadata": {"step_rule": "newton"}},
+            r"step_rule='newton': the dataset has no newton_ridge; allowed are sgd",
+        ),
         ({"metadata": {"step_rule": "adam"}}, r"step_rule='adam': allowed with this dataset are sgd"),
         ({"metadata": {"encoder_level": 1}, "encoder": {"bias": torch.ones(1)}}, r"encoder_level=1"),
     ],
