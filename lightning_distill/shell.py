@@ -59,7 +59,7 @@ def evaluate(
         episodes: whole episodes of each learner.
         greedy: largest logit or mean action, instead of sampled actions.
         held_out: also every family of the default list of held-out ones; those the dataset was distilled with are marked.
-        step_rule: sgd, line_search or newton; default: the one the dataset recommends, and sgd.
+        step_rule: sgd, line_search, newton or projection; default: the one the dataset recommends, and sgd.
         controls: also learners that were not taught, and learners taught on shuffled targets.
         seed: of learners, start states and actions; the default's returns are those that files state.
         gravity: factor on gravity (MuJoCo).

@@ -67,19 +67,20 @@ def test_learners_of_a_mixture_compute_what_they_compute_alone():
 def test_every_rule_teaches_each_learner_of_a_mixture_as_alone(rule):
     torch.manual_seed(0)
     numbers = {"newton_ridge": torch.tensor(0.05), "line_search_scale": torch.tensor(1.3)}
+    numbers["projection_step"] = torch.tensor(0.1)
     dataset, mixture = make_dataset(**numbers), Mixture(one_layer(3, 5, 7), each=2)
     torch.manual_seed(1)
     params = mixture.draw(6, (17,), 6)
     torch.manual_seed(1)
     policy = teach_many(mixture, dataset, 6, rule)
     assert policy.learners == 6
-    number = getattr(dataset, STEP_RULES[rule].number)
+    numbers = [getattr(dataset, number) for number in STEP_RULES[rule].numbers]
     taught = []
     mixture.map(
         lambda part, its: (
             taught.append(
                 part.forward(
-                    STEP_RULES[rule](part, its, dataset.observations, dataset.targets, number), torch.ones(2, 1, 17)
+                    STEP_RULES[rule](part, its, dataset.observations, dataset.targets, *numbers), torch.ones(2, 1, 17)
                 )
             )
             or its
@@ -114,7 +115,8 @@ def test_layer_norm_of_the_mlp_is_that_of_torch():
 def test_every_named_family_can_be_drawn_taught_by_every_rule_and_described(name):
     family = family_named(name)
     assert family_from(family.describe()).describe() == family.describe()
-    dataset = make_dataset(newton_ridge=torch.tensor(0.05), line_search_scale=torch.tensor(1.0))
+    numbers = {"newton_ridge": 0.05, "line_search_scale": 1.0, "projection_step": 0.1}
+    dataset = make_dataset(**{name: torch.tensor(value) for name, value in numbers.items()})
     for rule in STEP_RULES:
         outputs = teach_many(family, dataset, 3, rule)(torch.ones(3, 2, 17))
         assert outputs.shape == (3, 2, 6)

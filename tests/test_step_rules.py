@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
 from lightning_distill.learners import StackedModules, UnfitLearner, stack_parameters
-from lightning_distill.step_rules import STEP_RULES, best_steps, line_search, newton
+from lightning_distill.step_rules import STEP_RULES, best_steps, line_search, newton, projection
 from lightning_distill.teaching import with_line_search, with_plain_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "step_rules.md"
@@ -31,6 +31,7 @@ def double_problem(learners: int = 3, pairs: int = 5, **arguments):
 
 def newton_dataset(**changes):
     numbers = {"newton_ridge": torch.tensor(0.05), "line_search_scale": torch.tensor(1.3)}
+    numbers["projection_step"] = torch.tensor(0.1)
     return make_dataset(**{"metadata": {"step_rule": "newton"}, **numbers, **changes})
 
 
@@ -124,16 +125,55 @@ def test_rules_are_differentiable_in_pairs_and_number(rule):
     family, params, *inputs = double_problem(learners=2, pairs=3)
     probe = torch.randn(2, 4, 3, dtype=torch.float64)
 
-    def outputs_after(observations: Tensor, targets: Tensor, number: Tensor) -> Tensor:
-        return family.forward(STEP_RULES[rule](family, params, observations, targets, number), probe)
+    inputs += [torch.tensor(0.2, dtype=torch.float64, requires_grad=True)] * (rule == "projection")
+
+    def outputs_after(*inputs: Tensor) -> Tensor:
+        return family.forward(STEP_RULES[rule](family, params, *inputs), probe)
 
     assert torch.autograd.gradcheck(outputs_after, inputs)
+
+
+def test_projection_is_a_gradient_step_on_the_loss_with_the_best_last_layer():
+    """The gradient of the reduced loss min_W ‖φ W + b − y‖² + μ ‖W‖², μ held, by finite differences."""
+    family, params, x, y, ridge = double_problem(learners=1, width=4, depth=1)
+    x, y, ridge = x.detach(), y.detach(), ridge.detach()
+    phi = family.features(params, x[None])[0]
+    decay = ridge * (phi - phi.mean(0)).square().sum() / 5
+
+    def reduced(weight: Tensor) -> float:
+        features = family.features(params | {"0.weight": weight}, x[None])[0]
+        features = torch.cat([features - features.mean(0), decay.sqrt() * torch.eye(4)])
+        right = torch.cat([y - y.mean(0), torch.zeros(4, 2)])
+        solved = torch.linalg.lstsq(features, right).solution
+        return (features @ solved - right).square().sum().item()
+
+    start, far = params["0.weight"], 1e-5
+    gradient = torch.zeros_like(start)
+    for index in range(start.numel()):
+        shift = torch.zeros_like(start).view(-1)
+        shift[index] = far
+        shift = shift.view(start.shape)
+        gradient.view(-1)[index] = (reduced(start + shift) - reduced(start - shift)) / (2 * far)
+    step = torch.tensor(0.2).double()
+    taught = projection(family, params, x, y, ridge, step)
+    moved = start - taught["0.weight"]
+    torch.testing.assert_close(moved / moved.norm(), gradient / gradient.norm(), atol=1e-6, rtol=1e-5)
+    lengths = [(a["0.weight"].square().sum() + a["0.bias"].square().sum()).sqrt() for a in (params,)]
+    change = torch.cat([(params[n] - taught[n]).flatten() for n in ("0.weight", "0.bias")])
+    torch.testing.assert_close(change.norm(), 0.2 * lengths[0])
+    again = newton(family, params | {n: taught[n] for n in ("0.weight", "0.bias")}, x, y, ridge)
+    torch.testing.assert_close(again, taught)
+
+
+def test_projection_of_a_linear_learner_is_newton():
+    family, params, x, y, ridge = double_problem(depth=0)
+    torch.testing.assert_close(projection(family, params, x, y, ridge, ridge), newton(family, params, x, y, ridge))
 
 
 # --- anybody's modules -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["line_search", "newton"])
+@pytest.mark.parametrize("rule", ["line_search", "newton", "projection"])
 @pytest.mark.parametrize("name", MODULES)
 def test_any_module_is_taught_alone_as_in_a_stack_and_as_in_training(name, rule):
     torch.manual_seed(0)
@@ -154,7 +194,8 @@ def test_any_module_is_taught_alone_as_in_a_stack_and_as_in_training(name, rule)
     family = ModuleFamily(lambda shape, outputs: next(drawn))
     params = family.draw(3, (17,), 6)
     pairs = dataset.observations.clone().requires_grad_()
-    taught = STEP_RULES[rule](family, params, pairs, dataset.targets, getattr(dataset, STEP_RULES[rule].number))
+    numbers = [getattr(dataset, number) for number in STEP_RULES[rule].numbers]
+    taught = STEP_RULES[rule](family, params, pairs, dataset.targets, *numbers)
     outputs = family.forward(taught, dataset.normalise(observation).unsqueeze(1))
     torch.testing.assert_close(outputs[:, 0], alone, atol=1e-4, rtol=1e-3)
     outputs.square().mean().backward()
@@ -173,9 +214,9 @@ def test_rules_as_a_stranger_writes_them(rule, tmp_path, monkeypatch):
     blocks = dict(
         zip(["start", *STEP_RULES], re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S), strict=True)
     )
-    assert len(blocks[rule].splitlines()) <= 15
+    assert len([line for line in blocks[rule].splitlines() if line]) <= 15
     space = {"network": network, "last": network[-1]}
-    exec(blocks["start"] + blocks[rule], space)
+    exec(blocks["start"] + (blocks["newton"] if rule == "projection" else "") + blocks[rule], space)
     torch.testing.assert_close(network(0.3 / dataset.observation_std), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -184,7 +225,7 @@ def test_the_recommended_rule_is_the_default_and_others_are_a_word_away():
     module, dataset, observation = mlp_module(), newton_dataset(), torch.randn(17)
     outputs = {rule: teach(module, dataset, rule)(observation) for rule in (None, *STEP_RULES)}
     assert torch.equal(outputs[None], outputs["newton"])
-    assert len(torch.stack(list(outputs.values())).unique(dim=0)) == 3
+    assert len(torch.stack(list(outputs.values())).unique(dim=0)) == len(STEP_RULES)
     assert torch.equal(teach(module, make_dataset())(observation), outputs["sgd"])
 
 
