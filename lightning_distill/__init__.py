@@ -14,7 +14,7 @@ from .dataset import DatasetError, DistilledDataset, load
 from .envs.spec import ConfigError, EnvSpec
 from .envs.variations import Variation
 from .learners import MLP, LearnerFamily, ModuleFamily
-from .mixtures import MLPs, Mixture
+from .mixtures import Mixture, MLPs
 from .teaching import Policy, StackedPolicy, teach, teach_many
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from . import architectures
 from .envs.spec import ConfigError
 from .learners import MLP, LearnerFamily, ModuleFamily
-from .mixtures import MLPs, Mixture, members
+from .mixtures import Mixture, MLPs, members
 
 #: What a name does not say is as in the paper's learner, MLP 64-64 tanh, orthogonal.
 FAMILIES: dict[str, LearnerFamily] = {
@@ -47,11 +47,12 @@ FAMILIES: dict[str, LearnerFamily] = {
 
 #: Held out by default, none of them in ``mixture``: widths 32–512, depths 0–5, every activation and initialisation.
 HELD_OUT = (
+    "width_512",
+    "relu",
+    "default_init",
     "linear",
     "width_32",
-    "width_512",
     "depth_5",
-    "relu",
     "gelu",
     "silu",
     "elu",
@@ -59,7 +60,6 @@ HELD_OUT = (
     "gain_1",
     "xavier",
     "kaiming",
-    "default_init",
     "default_relu_256",
     "layer_norm",
     "residual",
@@ -108,7 +108,7 @@ def can_draw(family: LearnerFamily, other: LearnerFamily) -> bool:
     return any(member.describe() in mine for member in members(other))
 
 
-def told_apart(families: dict[str, LearnerFamily], trained: LearnerFamily) -> dict[str, LearnerFamily]:
+def families_apart(families: dict[str, LearnerFamily], trained: LearnerFamily) -> dict[str, LearnerFamily]:
     """The same families, with "(trained on)" after the names of those that are not held out from ``trained``."""
     return {
         f"{name}{TRAINED_ON}" if can_draw(trained, family) and not name.endswith(TRAINED_ON) else name: family

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -56,7 +56,9 @@ class Learners(ABC):
         Raises:
             UnfitLearner: the outputs are not those of a linear layer, or it is not known.
         """
-        raise UnfitLearner(f"{type(self).__name__} does not say what its output layer is: teach it by sgd or line_search")
+        raise UnfitLearner(
+            f"{type(self).__name__} does not say what its output layer is: teach it by sgd or line_search"
+        )
 
     def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
         """The same learners with another output layer: outputs = features @ weight [K, h, d] + bias [K, 1, d]."""
@@ -272,7 +274,10 @@ class StackedModules(Learners):
 
     def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
         names = (f"{self._output_layer}.weight".lstrip("."), f"{self._output_layer}.bias".lstrip("."))
-        return params | {names[0]: weight.mT.to(params[names[0]].dtype), names[1]: bias[:, 0].to(params[names[1]].dtype)}
+        return params | {
+            names[0]: weight.mT.to(params[names[0]].dtype),
+            names[1]: bias[:, 0].to(params[names[1]].dtype),
+        }
 
     @staticmethod
     def _run(function: Forward, params: Params, observations: Tensor) -> Tensor:
@@ -314,8 +319,8 @@ class StackedModules(Learners):
         self._output_layer = name
         features = self._run(partial(_inputs, self.module, name), params, observations)
         layer = self.module.get_submodule(name)
-        weight = torch.ones_like(layer.weight).cumsum(0).mT[None] / layer.weight.numel()
-        bias = torch.ones_like(layer.bias).cumsum(0)[None, None]
+        weight, bias = (torch.arange(1, p.numel() + 1).to(p).view(p.shape).cos() for p in (layer.weight, layer.bias))
+        weight, bias = weight.mT[None], bias[None, None]
         changed = self.with_output_layer(params, weight, bias)
         expected = features @ weight + bias if features.shape[:2] == outputs.shape[:2] else outputs.new_empty(0)
         found = self.forward(changed, observations)

@@ -40,11 +40,13 @@ class MetaPPO(PPO):
         learners: K, fresh learners in each rollout; divides the number of environments.
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
-        step_rule: ``sgd``, ``line_search`` or ``newton``, see :mod:`lightning_distill.step_rules`; its number is learned.
+        step_rule: ``sgd``, ``line_search``, ``newton`` or ``projection``, see :mod:`lightning_distill.step_rules`; its
+            numbers are learned.
         learning_rate: initial step size η of ``sgd``, per output dimension. The loss is a mean over dimensions, so the step
             size that moves a learner equally far grows with their number.
         line_search_scale: initial α of ``line_search``.
-        newton_ridge: initial λ of ``newton``.
+        newton_ridge: initial λ of ``newton`` and ``projection``.
+        projection_step: initial κ of ``projection``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
@@ -56,10 +58,11 @@ class MetaPPO(PPO):
         learners: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
-        step_rule: Literal["sgd", "line_search", "newton"] = "sgd",
+        step_rule: Literal["sgd", "line_search", "newton", "projection"] = "sgd",
         learning_rate: PositiveFloat = 0.3,
         line_search_scale: PositiveFloat = 1.0,
         newton_ridge: PositiveFloat = 0.1,
+        projection_step: PositiveFloat = 0.1,
         target_kl: PositiveFloat = 0.05,
         epochs: PositiveInt = 4,
         minibatches: PositiveInt = 4,
@@ -74,7 +77,12 @@ class MetaPPO(PPO):
         if step_rule not in STEP_RULES:
             raise ConfigError(f"model.step_rule={step_rule!r}: allowed are {', '.join(STEP_RULES)}")
         self._learners, self.step_rule = learners, step_rule
-        self._numbers = {"sgd": learning_rate, "line_search": line_search_scale, "newton": newton_ridge}
+        self._numbers = {
+            "learning_rate": learning_rate,
+            "line_search_scale": line_search_scale,
+            "newton_ridge": newton_ridge,
+            "projection_step": projection_step,
+        }
         self._initial = {"pairs": pairs, "observation_scale": observation_scale, "target_scale": target_scale}
         super().__init__(
             spec,
@@ -96,11 +104,9 @@ class MetaPPO(PPO):
         return self._learners
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
-        number = self._numbers[self.step_rule] * (self.spec.actions if self.step_rule == "sgd" else 1)
-        rule = STEP_RULES[self.step_rule]
-        return SyntheticBatch(
-            self.spec, rule=rule, number=number, **self._initial, log_std=log_std, log_std_min=log_std_min
-        )
+        initial = self._numbers | {"learning_rate": self._numbers["learning_rate"] * self.spec.actions}
+        numbers = {name: initial[name] for name in STEP_RULES[self.step_rule].numbers}
+        return SyntheticBatch(self.spec, numbers=numbers, **self._initial, log_std=log_std, log_std_min=log_std_min)
 
     def draw(self) -> None:
         self._fresh = self.family.draw(self.learners, self.spec.observation_shape, self.spec.actions, self.device)
@@ -108,10 +114,11 @@ class MetaPPO(PPO):
     def policy_params(self) -> Params:
         batch = self.synthetic_batch
         rule = STEP_RULES[self.step_rule]
-        return rule(self.family, self._fresh, batch.observations, batch.targets, batch.number)
+        return rule(self.family, self._fresh, batch.observations, batch.targets, *batch.numbers.values())
 
     def actor_metrics(self) -> dict[str, Tensor]:
-        return {**super().actor_metrics(), STEP_RULES[self.step_rule].number: self.synthetic_batch.number.detach()}
+        numbers = {name: number.detach() for name, number in self.synthetic_batch.numbers.items()}
+        return {**super().actor_metrics(), **numbers}
 
     players = "fresh learners after one step"
 
@@ -138,7 +145,7 @@ class MetaPPO(PPO):
             "observations": batch.observations,
             "targets": batch.targets,
             "learning_rate": torch.ones(()),
-            STEP_RULES[self.step_rule].number: batch.number,
+            **batch.numbers,
             "observation_mean": moments.mean,
             "observation_std": moments.std,
         }

@@ -6,7 +6,6 @@ Distilled with a mixture, a dataset has to teach all of its families: that is wh
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,7 +93,7 @@ class MLPs(Mixture):
         activations: list[str] = ["tanh"],  # noqa: B006  never changed, and what a config shows
         inits: list[str] = ["orthogonal"],  # noqa: B006
         norms: list[str] = ["none"],  # noqa: B006
-        gains: list[float] = [math.sqrt(2)],  # noqa: B006
+        gains: list[float] = [2**0.5],  # noqa: B006
         each: int = 2,
     ) -> None:
         self.arguments = {

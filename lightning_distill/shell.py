@@ -59,7 +59,7 @@ def evaluate(
         episodes: whole episodes of each learner.
         greedy: largest logit or mean action, instead of sampled actions.
         held_out: also every family of the default list of held-out ones; those the dataset was distilled with are marked.
-        step_rule: sgd, line_search or newton; default: the one the dataset recommends, and sgd.
+        step_rule: sgd, line_search, newton or projection; default: the one the dataset recommends, and sgd.
         controls: also learners that were not taught, and learners taught on shuffled targets.
         seed: of learners, start states and actions; the default's returns are those that files state.
         gravity: factor on gravity (MuJoCo).
@@ -71,7 +71,7 @@ def evaluate(
     """
     from .envs.variations import Variation
     from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, trained_family
-    from .families import HELD_OUT, told_apart
+    from .families import HELD_OUT, families_apart
     from .tables import returns_table, shares
 
     pairs = load(dataset)
@@ -80,7 +80,7 @@ def evaluate(
     families = {name: _family(name, pairs) for name in family or [IN_DISTRIBUTION]}
     if held_out:
         strangers = {name: _family(name, pairs) for name in HELD_OUT if name not in families}
-        families |= told_apart(strangers, trained_family(pairs))
+        families |= families_apart(strangers, trained_family(pairs))
     evaluations = evaluate_all(
         pairs,
         families,

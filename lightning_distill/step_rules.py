@@ -1,20 +1,23 @@
-"""Step rules: how a learner takes its one step on the pairs. Each has one number, which the dataset holds.
+"""Step rules: how a learner takes its one step on the pairs. The dataset holds the numbers that each needs.
 
     sgd           θ₁ = θ₀ − η g                      g = ∇θ mean‖f_θ₀(x) − y‖², η learned (Wilhelm & Ventura 2025, section 3)
     line_search   η = α ⟨r, J g⟩ / ‖J g‖²            r = f_θ₀(x) − y, J g its derivative along g, α learned
     newton        W = φᵀ (φ φᵀ + λ tr(φ φᵀ)/n I)⁻¹ (y − ȳ),   f_θ₁(s) = ȳ + (φ(s) − φ̄) W,   λ learned
+    projection    newton; h₁ = h₀ − κ ‖h₀‖/‖g‖ g of all other layers h; newton again;   λ and κ learned
 
 With α = 1 a line search goes to the minimum of the linearised loss along the gradient (Cauchy 1847), so a step is equally
 long for narrow and wide learners. ``newton`` is one Newton step of the last layer's weights and bias on the same loss with
 weight decay λ tr(φ φᵀ)/n ‖W‖²; that loss is quadratic, so one step is exact and forgets the initial weights (ridge
 regression, Hoerl & Kennard 1970). φ are the features that enter the last layer, centred by their mean φ̄ over the pairs.
+``projection`` is one gradient step of all layers but the last on the loss that is left when the last is always at its best
+(variable projection, Golub & Pereyra 1973), of a length relative to their own: features turn towards what the pairs ask for.
 
-All are differentiable in pairs and number, and take K stacked learners at once.
+All are differentiable in pairs and numbers, and take K stacked learners at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,23 +25,23 @@ from torch import Tensor
 
 from .learners import FIXED, Learners, Params, UnfitLearner
 
-Step = Callable[[Learners, Params, Tensor, Tensor, Tensor], Params]
+Step = Callable[..., Params]
 
 
 @dataclass(frozen=True)
 class StepRule:
-    """A step and where its number stands.
+    """A step and the names of its numbers.
 
     Attributes:
-        step: (learners of one architecture, params, observations, targets, number) → params of the taught learners.
-        number: name of its one number, as a field of ``DistilledDataset`` and a tensor of the file.
+        step: (learners of one architecture, params, observations, targets, *numbers) → params of the taught learners.
+        numbers: what it needs beside the pairs: fields of ``DistilledDataset`` and tensors of the file, positive scalars.
     """
 
     step: Step
-    number: str
+    numbers: tuple[str, ...]
 
     def __call__(
-        self, learners: Learners, params: Params, observations: Tensor, targets: Tensor, number: Tensor
+        self, learners: Learners, params: Params, observations: Tensor, targets: Tensor, *numbers: Tensor
     ) -> Params:
         """Parameters of K taught learners.
 
@@ -47,12 +50,12 @@ class StepRule:
             params: of the fresh learners, each [K, …]; those marked ``FIXED`` are returned as they are.
             observations: [n, *obs].
             targets: [n, d].
-            number: scalar.
+            numbers: scalars.
 
         Raises:
             UnfitLearner: the rule cannot teach these learners, or they return another number of outputs.
         """
-        return learners.map(lambda part, its: self.step(part, its, observations, targets, number), params)
+        return learners.map(lambda part, its: self.step(part, its, observations, targets, *numbers), params)
 
 
 def sgd(learners: Learners, params: Params, observations: Tensor, targets: Tensor, learning_rate: Tensor) -> Params:
@@ -74,8 +77,7 @@ def line_search(learners: Learners, params: Params, observations: Tensor, target
 def newton(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
     """One damped Newton step of the last layer, on features centred over the pairs; other layers stay as they are."""
     features = learners.features(params, observations.expand(_learners(params), *observations.shape))
-    if features.dtype in (torch.float16, torch.bfloat16):  # which linear algebra does not know
-        features, targets, ridge = features.float(), targets.float(), ridge.float()
+    features, targets, ridge = _wide(features), _wide(targets), _wide(ridge)
     mean, target_mean = features.mean(1, keepdim=True), targets.mean(0)
     centred = features - mean
     gram = centred @ centred.mT
@@ -87,11 +89,29 @@ def newton(learners: Learners, params: Params, observations: Tensor, targets: Te
     return learners.with_output_layer(params, weight, target_mean - mean @ weight)
 
 
+def projection(
+    learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor, step: Tensor
+) -> Params:
+    """One gradient step of all layers but the last, before and after which the last is where ``newton`` puts it."""
+    solved = newton(learners, params, observations, targets, ridge)
+    others = [name for name in _trainable(params) if solved[name] is params[name]]
+    gradients = _gradients(learners, solved, observations, targets, others)
+    if not gradients:  # a linear learner has no other layer
+        return solved
+    sizes = step * _norms(params, gradients) / _norms(gradients, gradients)
+    moved = {
+        name: params[name] - sizes.view(-1, *[1] * (gradient.dim() - 1)).to(gradient) * gradient
+        for name, gradient in gradients.items()
+    }
+    return newton(learners, params | moved, observations, targets, ridge)
+
+
 #: In the order of how little they ask of a learner; the first is the plain step.
 STEP_RULES = {
-    "sgd": StepRule(sgd, "learning_rate"),
-    "line_search": StepRule(line_search, "line_search_scale"),
-    "newton": StepRule(newton, "newton_ridge"),
+    "sgd": StepRule(sgd, ("learning_rate",)),
+    "line_search": StepRule(line_search, ("line_search_scale",)),
+    "newton": StepRule(newton, ("newton_ridge",)),
+    "projection": StepRule(projection, ("newton_ridge", "projection_step")),
 }
 
 
@@ -125,9 +145,24 @@ def _trainable(params: Params) -> Params:
     return {name: value for name, value in params.items() if not name.startswith(FIXED)}
 
 
-def _gradients(learners: Learners, params: Params, observations: Tensor, targets: Tensor) -> Params:
-    """Gradient of each learner's own loss, for every trainable parameter that it depends on."""
-    trainable = _trainable(params)
+def _wide(value: Tensor) -> Tensor:
+    """In single precision at least: linear algebra knows no half."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _norms(params: Params, names: Iterable[str]) -> Tensor:
+    """Euclidean norm [K] over the parameters of these names; never 0."""
+    squares = torch.stack([_wide(params[name]).flatten(1).square().sum(1) for name in names]).sum(0)
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+
+
+def _gradients(
+    learners: Learners, params: Params, observations: Tensor, targets: Tensor, names: Iterable[str] | None = None
+) -> Params:
+    """Gradient of each learner's own loss, for those of the trainable parameters (or of ``names``) that it depends on."""
+    trainable = _trainable(params) if names is None else {name: params[name] for name in names}
+    if not trainable:
+        return {}
 
     def loss(trainable: Params) -> Tensor:
         outputs = learners.forward(params | trainable, observations.expand(_learners(params), *observations.shape))
@@ -141,19 +176,17 @@ def _gradients(learners: Learners, params: Params, observations: Tensor, targets
         leaves = {name: value.detach().requires_grad_() for name, value in trainable.items()}
         total = loss(leaves)
         if not total.requires_grad:
-            raise UnfitLearner(
-                "module returns outputs that depend on no trainable parameter: one step cannot teach it"
-            )
+            raise UnfitLearner("module returns outputs that depend on no trainable parameter: one step cannot teach it")
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
 
 
-def _best_steps(
-    learners: Learners, params: Params, observations: Tensor, targets: Tensor, gradients: Params
-) -> Tensor:
+def _best_steps(learners: Learners, params: Params, observations: Tensor, targets: Tensor, gradients: Params) -> Tensor:
     def outputs(trainable: Params) -> Tensor:
         return learners.forward(params | trainable, observations.expand(_learners(params), *observations.shape))
 
-    found, change = torch.func.jvp(outputs, ({name: params[name] for name in gradients},), (gradients,))
+    # J g by reverse mode twice, as fewer modules know forward mode: v ↦ Jᵀ v is linear, and its transpose is J.
+    found, transpose = torch.func.vjp(outputs, {name: params[name] for name in gradients})
+    (change,) = torch.func.vjp(transpose, torch.zeros_like(found))[1]((gradients,))
     along, curvature = ((found - targets) * change).flatten(1).sum(1), change.square().flatten(1).sum(1)
     return along / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)

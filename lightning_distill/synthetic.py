@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .envs import EnvSpec
 from .policies import ActionNoise
-from .step_rules import StepRule
 
 
 class SyntheticBatch(nn.Module):
-    """n learnable (observation, target) pairs, the step rule's number, and the taught policy's log standard deviation.
+    """n learnable (observation, target) pairs, the step rule's numbers, and the taught policy's log standard deviation.
 
     Args:
         spec: gives the shapes, and the range of continuous actions that the initial noise is a share of.
         pairs: n.
-        rule: the step rule that learners are taught by.
-        number: initial value of the rule's one number: η, α or λ.
+        numbers: initial values of what the step rule needs beside the pairs, by name.
         observation_scale, target_scale: standard deviation of the normal initial values.
         log_std, log_std_min: see :class:`lightning_distill.policies.ActionNoise`.
     """
@@ -28,8 +27,7 @@ class SyntheticBatch(nn.Module):
         self,
         spec: EnvSpec,
         pairs: int,
-        rule: StepRule,
-        number: float,
+        numbers: Mapping[str, float],
         observation_scale: float = 0.5,
         target_scale: float = 0.5,
         log_std: float = -0.5,
@@ -38,9 +36,10 @@ class SyntheticBatch(nn.Module):
         super().__init__()
         self.observations = nn.Parameter(torch.randn(pairs, *spec.observation_shape) * observation_scale)
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
-        # The logarithm is learned: the number stays positive.
-        self._log_number = f"log_{rule.number}"
-        self.register_parameter(self._log_number, nn.Parameter(torch.tensor(math.log(number))))
+        # Logarithms are learned: numbers stay positive.
+        self._numbers = tuple(numbers)
+        for name, value in numbers.items():
+            self.register_parameter(f"log_{name}", nn.Parameter(torch.tensor(math.log(value))))
         self.noise = ActionNoise(spec, log_std, log_std_min)
 
     @property
@@ -48,6 +47,6 @@ class SyntheticBatch(nn.Module):
         return len(self.targets)
 
     @property
-    def number(self) -> Tensor:
-        """The step rule's number: the step size η of ``sgd``, α of ``line_search``, λ of ``newton``; scalar, positive."""
-        return getattr(self, self._log_number).exp()
+    def numbers(self) -> dict[str, Tensor]:
+        """What the step rule needs beside the pairs, by name and in its order: positive scalars."""
+        return {name: getattr(self, f"log_{name}").exp() for name in self._numbers}

@@ -175,8 +175,8 @@ def teach(
         module: maps normalised observations [B, *obs] to logits or action means [B, d]; any architecture, on any one
             device, of any floating dtype.
         dataset: from :func:`lightning_distill.load`.
-        step_rule: ``sgd``, ``line_search`` or ``newton``, if the dataset has the number that goes with it; default: the
-            one that the dataset recommends.
+        step_rule: ``sgd``, ``line_search``, ``newton`` or ``projection``, if the dataset has the numbers that it needs;
+            default: the one that the dataset recommends.
         in_place: change the caller's module, and leave it in evaluation mode; by default a copy is taught.
         log_std: name of the module's own log standard deviation, [d] or [1, d], which is set to the dataset's after the
             step (continuous only). By default parameters of these shapes called ``log_std`` or ``logstd`` are.
@@ -186,7 +186,7 @@ def teach(
             nothing to teach; or the dataset does not go with the step rule, or the module does not (``UnfitLearner``).
     """
     _check_encoder(dataset)
-    rule, number = _step_rule(dataset, step_rule)
+    rule, numbers = _step_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
         taught = module if in_place else _copied(module)
@@ -195,7 +195,7 @@ def teach(
             own_log_stds = _own_log_stds(taught, dataset, log_std)
             with torch.no_grad():
                 params = stack_parameters([taught])
-                stepped = _step(rule, number, StackedModules(taught), params, dataset)
+                stepped = _step(rule, numbers, StackedModules(taught), params, dataset)
         except BaseException:
             for part, training in modes:
                 part.training = training
@@ -231,7 +231,7 @@ def teach_many(
         ValueError: as :func:`teach`; or the modules differ in architecture.
     """
     _check_encoder(dataset)
-    rule, number = _step_rule(dataset, step_rule)
+    rule, numbers = _step_rule(dataset, step_rule)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):
             if learners is None or learners < 1:
@@ -243,7 +243,7 @@ def teach_many(
                 raise ValueError(f"learners={learners} with {len(family)} modules: allowed is None with 1 or more")
             params = stack_parameters(family)
             stack = StackedModules(copy.deepcopy(family[0]))
-        taught = _step(rule, number, stack, params, dataset)
+        taught = _step(rule, numbers, stack, params, dataset)
         return StackedPolicy(stack.forward, taught, dataset.to(_like(params).device)).eval()
 
 
@@ -289,26 +289,27 @@ def _check_encoder(dataset: DistilledDataset) -> None:
         raise ValueError(f"encoder_level={dataset.encoder_level}: this version teaches without an encoder, level 0")
 
 
-def _step_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, Tensor]:
-    """The rule of that name, by default the dataset's, and its number in the dataset."""
+def _step_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, list[Tensor]]:
+    """The rule of that name, by default the dataset's, and its numbers in the dataset."""
     name = name or dataset.step_rule
-    usable = [known for known, rule in STEP_RULES.items() if getattr(dataset, rule.number) is not None]
+    missing = {known: [n for n in rule.numbers if getattr(dataset, n) is None] for known, rule in STEP_RULES.items()}
+    usable = ", ".join(known for known, lacking in missing.items() if not lacking)
     if name not in STEP_RULES:
-        raise ValueError(f"step_rule={name!r}: allowed with this dataset are {', '.join(usable)}")
-    if name not in usable:
-        raise ValueError(
-            f"step_rule={name!r}: the dataset has no {STEP_RULES[name].number}; allowed are {', '.join(usable)}"
-        )
-    return STEP_RULES[name], getattr(dataset, STEP_RULES[name].number)
+        raise ValueError(f"step_rule={name!r}: allowed with this dataset are {usable}")
+    if missing[name]:
+        raise ValueError(f"step_rule={name!r}: the dataset has no {', '.join(missing[name])}; allowed are {usable}")
+    return STEP_RULES[name], [getattr(dataset, number) for number in STEP_RULES[name].numbers]
 
 
-def _step(rule: StepRule, number: Tensor, learners: Learners, params: Params, dataset: DistilledDataset) -> Params:
+def _step(
+    rule: StepRule, numbers: list[Tensor], learners: Learners, params: Params, dataset: DistilledDataset
+) -> Params:
     """Parameters of the taught learners; torch's random state is left as it was."""
     like = _like(params)
     # Copies: of a tensor made in inference mode nothing can be differentiated.
-    pairs = [tensor.to(like, copy=True) for tensor in (dataset.observations, dataset.targets, number)]
+    given = [tensor.to(like, copy=True) for tensor in (dataset.observations, dataset.targets, *numbers)]
     with _accepting(dataset), keep_random_state(like.device):
-        return rule(learners, params, *pairs)
+        return rule(learners, params, *given)
 
 
 def _like(params: Params) -> Tensor:

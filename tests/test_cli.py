@@ -11,6 +11,9 @@ import yaml
 
 from lightning_distill import MetaPPO, load
 from lightning_distill.cli import main
+from lightning_distill.evaluation import trained_family
+from lightning_distill.families import HELD_OUT
+from lightning_distill.mixtures import members
 
 CONF = Path(__file__).parents[1] / "conf"
 QUICK = [
@@ -71,7 +74,7 @@ def test_run_leaves_all_it_promises(finished):
         assert name in output
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert list((folder / "runs" / "wandb").glob("offline-run-*")), "nobody is logged in: offline, and no prompt"
-    for family in ("in-distribution", "width_256", "depth_1", "relu"):
+    for family in ("in-distribution", *HELD_OUT):
         assert family in output
 
 
@@ -91,6 +94,42 @@ def test_metrics_hold_returns_beside_steps(finished):
     assert steps == [1600.0 * i for i in range(1, 6)]
     assert len([row for row in rows if row["val/return"]]) == 5
     assert float(rows[0]["train/policy/learning_rate"]) > 0
+
+
+def test_a_general_dataset_reports_both_steps_and_what_was_held_out(here, monkeypatch, capsys):
+    Path("general.yaml").write_text(
+        "data: {env: CartPole-v1}\n"
+        "model:\n"
+        "  step_rule: newton\n"
+        "  pairs: 5\n"
+        "  family:\n"
+        "    class_path: lightning_distill.Mixture\n"
+        "    init_args: {families: [relu, {class_path: lightning_distill.MLP, init_args: {width: 9}}], each: 4}\n"
+        "held_out: {families: [relu, gain_1], at_validation: 1}\n"
+    )
+    lightning("fit", "--config=general.yaml", *QUICK, monkeypatch=monkeypatch)
+    output = capsys.readouterr().out
+    dataset = load("runs/CartPole-v1/version_0/distilled.safetensors")
+    assert (dataset.step_rule, dataset.line_search_scale) == ("newton", None)
+    assert dataset.newton_ridge not in (0.0, 0.1)
+    rows = ["in-distribution", "in-distribution, sgd step", "relu (trained on)", "relu (trained on), sgd step"]
+    rows += ["gain_1", "gain_1, sgd step"]
+    assert set(dataset.metadata["returns"]) == set(rows)
+    assert all(row.split(",")[0] in output for row in rows)
+    mixture = trained_family(dataset)
+    assert [member.width for member in members(mixture)] == [64, 9]
+    with open("runs/CartPole-v1/version_0/metrics.csv", newline="") as file:
+        columns = next(csv.reader(file))
+    assert "train/policy/newton_ridge" in columns
+    assert "held_out/relu (trained on)/return" in columns
+    assert "held_out/gain_1/return" not in columns
+    # The same rows again, from the file alone.
+    main(
+        ["evaluate", "runs/CartPole-v1/version_0/distilled.safetensors", "--learners=8", "--family", "in-distribution"]
+    )
+    table = capsys.readouterr().out
+    for row in rows[:2]:
+        assert f"{dataset.metadata['returns'][row]['sampled']['mean']:.1f}" in table
 
 
 def test_a_checkpoint_is_a_model_without_running_code(finished):
@@ -139,6 +178,8 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--model.family=nope"], ["family", "nope", "relu"]),
         (["--held_out.families=[nope]"], ["family", "nope", "relu"]),
         (["--held_out.families={mine: torch.nn.ReLU}"], ["held_out.families", "mine"]),
+        (["--model.step_rule=adam"], ["model.step_rule", "adam", "line_search"]),
+        (["--model.newton_ridge=-1"], ["model.newton_ridge", "-1"]),
         (["--model.pairs=0"], ["model.pairs", "0", ">0"]),
         (["--data.num_envs=-3"], ["data.num_envs", "-3"]),
         (["--data.num_envs=30"], ["data.num_envs=30", "model.learners=8"]),

@@ -14,7 +14,7 @@ from PIL import Image
 from lightning_distill import MLP, dataset, evaluate, watching
 from lightning_distill.cli import main
 from lightning_distill.evaluation import Evaluation, as_returns
-from lightning_distill.families import FAMILIES, family_named
+from lightning_distill.families import FAMILIES, HELD_OUT, family_named
 from lightning_distill.shell import COMMANDS
 
 
@@ -93,6 +93,27 @@ def test_evaluate_families_and_controls(path, capsys):
     main(["evaluate", path, "--learners", "3", "--controls", "--family", "in-distribution", "relu"])
     table = capsys.readouterr().out
     assert all(f"{row}" in table and f"{value:.1f}" in table for row, value in mean.items())
+
+
+def test_evaluate_by_another_step_rule(path, capsys):
+    main(["evaluate", path, "--learners", "4", "--step_rule", "line_search", "--json", "--family", "width_512"])
+    returns = read_json(capsys)["returns"]
+    assert list(returns) == ["width_512, line_search step"]
+    loaded = dataset.load(path)
+    found = evaluate(loaded, family=family_named("width_512"), learners=4, step_rule="line_search")
+    assert returns["width_512, line_search step"]["sampled"]["mean"] == pytest.approx(found.mean)
+    assert "the dataset has no newton_ridge" in fails(capsys, "evaluate", path, "--step_rule", "newton")
+    assert "allowed with this dataset are sgd" in fails(capsys, "evaluate", path, "--step_rule", "adam")
+
+
+def test_evaluate_held_out_families(path, capsys):
+    main(["evaluate", path, "--learners", "2", "--held_out", "--json"])
+    assert list(read_json(capsys)["returns"]) == ["in-distribution", *HELD_OUT]
+    trained = dataset.load(path).with_metadata(learners=[family_named("relu").describe()])
+    trained.save(path)
+    main(["evaluate", path, "--learners", "2", "--held_out", "--json"])
+    rows = ["relu (trained on)" if name == "relu" else name for name in HELD_OUT]
+    assert list(read_json(capsys)["returns"]) == ["in-distribution", *rows]
 
 
 def test_json_of_one_learner_has_no_infinity(path, capsys):

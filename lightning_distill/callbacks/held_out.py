@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import lightning as L
 import torch
+from jsonargparse.typing import NonNegativeInt
 
 from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION, reported_rules, row_name
-from ..families import HELD_OUT, as_family, told_apart
+from ..families import HELD_OUT, as_family, families_apart
 from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
 
@@ -22,23 +23,23 @@ class HeldOutLearners(L.Callback):
     Args:
         families: names of families, or name → family; any ``nn.Module`` factory by class path, as ``package.Module`` or
             through ``lightning_distill.ModuleFamily``. Default: ``lightning_distill.families.HELD_OUT``.
-        at_validation: names of those that also play at every validation; default: all. A validation of all of them
-            would take longer than the training between two.
+        at_validation: how many of them, from the front, also play at every validation: all of the default ones would take
+            longer than the training between two validations.
     """
 
     def __init__(
         self,
         families: list[str] | dict[str, LearnerFamily | str] | None = None,
-        at_validation: list[str] | None = None,
+        at_validation: NonNegativeInt = 3,
     ) -> None:
         families = list(HELD_OUT) if families is None else families
         named = families if isinstance(families, dict) else {name: name for name in families}
         self.families = {name: as_family(family) for name, family in named.items()}
-        self.at_validation = set(self.families if at_validation is None else at_validation)
+        self.at_validation = at_validation
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
         spec = pl_module.spec
-        self.families = told_apart(self.families, pl_module.family)
+        self.families = families_apart(self.families, pl_module.family)
         for name, family in self.families.items():
             # Now rather than at the first validation, when a part of the run is done.
             try:
@@ -51,11 +52,10 @@ class HeldOutLearners(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         dataset = pl_module.distilled()
-        for name, family in self.families.items():
-            if name in self.at_validation:
-                evaluation = trainer.datamodule.evaluate(dataset, family, "validate")
-                pl_module.evaluations[name] = {"sampled": evaluation}
-                self._log(pl_module, name, "held_out")
+        for name, family in list(self.families.items())[: self.at_validation]:
+            evaluation = trainer.datamodule.evaluate(dataset, family, "validate")
+            pl_module.evaluations[name] = {"sampled": evaluation}
+            self._log(pl_module, name, "held_out")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         dataset = pl_module.distilled()
