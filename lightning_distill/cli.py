@@ -6,6 +6,7 @@ that command is called, so that help and the light commands are there at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if given else 2)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own environments, families and models lie where the command is typed
     if given[0] in COMMANDS:
         run(given[0], given[1:])
         return
