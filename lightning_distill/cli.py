@@ -6,6 +6,7 @@ that command is called, so that help and the light commands are there at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def main(args: list[str] | None = None) -> None:
     if given[0] == "--version":
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         return
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own environments, families and models lie where the command is typed
     if given[0] in COMMANDS:
         run(given[0], given[1:])
         return

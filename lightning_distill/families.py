@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import Any
 
 from . import architectures
@@ -74,7 +72,7 @@ def family_named(name: str) -> LearnerFamily:
     """The family of a name in ``FAMILIES``, or what a class path ``package.module.Name`` names.
 
     That may be a ``LearnerFamily`` (or a class of them, made without arguments), or what makes an ``nn.Module`` when
-    called as ``factory(observation_shape, outputs)``. Modules of the working directory are found too.
+    called as ``factory(observation_shape, outputs)``.
 
     Raises:
         ConfigError: unknown name, or a class path that cannot be imported or is neither.
@@ -87,8 +85,6 @@ def family_named(name: str) -> LearnerFamily:
             f"family={name!r}: allowed are {', '.join(FAMILIES)}, and class paths (package.module.Name) of a "
             "LearnerFamily or of what makes an nn.Module from (observation_shape, outputs)"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # somebody else's module may raise anything

@@ -87,10 +87,12 @@ class PPO(L.LightningModule):
         target_kl: PositiveFloat = math.inf,
         entropy_coef: NonNegativeFloat = 0.0,
         epochs: PositiveInt = 10,
-        minibatches: PositiveInt = 32,
+        minibatches: PositiveInt = 4,
         max_grad_norm: PositiveFloat = 0.5,
-        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=3e-4, eps=1e-5),
-        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=3e-4, eps=1e-5),
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-5, fused=True),
+        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(
+            p, lr=1e-3, eps=1e-5, fused=True
+        ),
         scheduler: Callable[[Optimizer, int], LRScheduler] = LinearAnneal,
         log_std: float = 0.0,
         log_std_min: float = -3.0,

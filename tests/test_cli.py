@@ -1,6 +1,8 @@
 """The commands as users type them, each in a process of its own or through the same entry point."""
 
 import csv
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_distill import MetaPPO, load
+from lightning_distill import PPO, MetaPPO, load
 from lightning_distill.cli import main
 from lightning_distill.evaluation import trained_family
 from lightning_distill.families import HELD_OUT
@@ -52,6 +54,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", f"--config={CONF / 'cartpole_1d.yaml'}", *QUICK]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL
     )
@@ -83,7 +86,7 @@ def test_exported_dataset_says_where_it_comes_from(finished):
     assert (dataset.env, dataset.pairs, dataset.outputs) == ("CartPole-v1", 2, 2)
     returns = dataset.metadata["returns"]["in-distribution"]
     assert {kind: entry["learners"] for kind, entry in returns.items()} == {"sampled": 8, "greedy": 8}
-    assert yaml.safe_load(dataset.metadata["config"])["fit"]["model"]["pairs"] == 2
+    assert yaml.safe_load(dataset.metadata["config"])["fit"]["model"]["init_args"]["pairs"] == 2
     assert 1600 <= dataset.metadata["env_steps"] <= 8000
 
 
@@ -162,10 +165,93 @@ def test_checkpoint_of_another_environment_is_refused(finished, capsys, monkeypa
     assert "HalfCheetah-v5" in message
 
 
+def test_direct_ppo_is_trained_validated_and_tested_by_the_same_commands(here, monkeypatch, capsys):
+    config = CONF / "ppo" / "cartpole_1d.yaml"
+    lightning("fit", "--config", config, *QUICK, monkeypatch=monkeypatch)
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    output = capsys.readouterr().out
+    for words in ("trained policy", "8 runs of the one trained policy", "learning_curve.png", "metrics.csv"):
+        assert words in output
+    assert not list(here.rglob("*.safetensors")), "a policy is no dataset"
+    assert "class_path: lightning_distill.PPO" in (run / "config.yaml").read_text()
+    last = run / "checkpoints" / "last.ckpt"
+    assert isinstance(PPO.load_from_checkpoint(last, weights_only=True), PPO)
+    for command, words in (("validate", "val/return"), ("test", "trained policy")):
+        lightning(command, "--config", config, *QUICK, f"--ckpt_path={last}", monkeypatch=monkeypatch)
+        assert words in capsys.readouterr().out
+
+
+def printed_config(capsys, monkeypatch, *args):
+    with pytest.raises(SystemExit) as exit_:
+        lightning("fit", *args, "--print_config", monkeypatch=monkeypatch)
+    assert exit_.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_another_model_brings_its_own_defaults(capsys, monkeypatch, here):
+    config = ["--config", CONF / "ant.yaml", "--model.clip=0.3"]
+    distilling = printed_config(capsys, monkeypatch, *config)["model"]
+    direct = printed_config(capsys, monkeypatch, *config, "--model=PPO", "--model.gae_lambda=0.9")["model"]
+    assert distilling["class_path"].endswith(".MetaPPO")
+    assert direct["class_path"].endswith(".PPO")
+    assert distilling["init_args"]["pairs"] == 64
+    assert "pairs" not in direct["init_args"]
+    assert (direct["init_args"]["clip"], direct["init_args"]["gae_lambda"]) == (0.3, 0.9), "said by the user: kept"
+    assert (distilling["init_args"]["target_kl"], direct["init_args"]["target_kl"]) == (0.05, math.inf)
+    rates = [model["init_args"]["optimizer"]["init_args"]["lr"] for model in (distilling, direct)]
+    assert rates[0] != rates[1]
+
+
+@pytest.mark.parametrize("model", ["MetaPPO", "PPO"])
+def test_an_environment_of_ones_own_needs_a_config_and_no_code(model, here, monkeypatch, capsys):
+    """A module in the working directory registers it; ``module:id`` is Gymnasium's way to say so."""
+    Path("my_worlds.py").write_text(MY_WORLDS)
+    Path("mine.yaml").write_text("data: {env: 'my_worlds:Point-v0', num_envs: 8}\nmodel: {family: linear}\n")
+    options = [*QUICK[2:], "--data.num_envs=8", "--data.env_steps=2_000", "--held_out.families=[]", f"--model={model}"]
+    lightning("fit", "--config=mine.yaml", *options, monkeypatch=monkeypatch)
+    assert "my_worlds:Point-v0" in capsys.readouterr().out
+    if model == "MetaPPO":
+        (path,) = here.rglob("distilled.safetensors")
+        dataset = load(path)
+        assert (dataset.env, dataset.observation_shape, dataset.outputs) == ("my_worlds:Point-v0", (2, 3), 2)
+
+
+#: Observations with two dimensions, of float64, and actions with bounds of their own each.
+MY_WORLDS = """
+import gymnasium, numpy as np
+from gymnasium.spaces import Box
+
+class Point(gymnasium.Env):
+    observation_space = Box(-np.inf, np.inf, (2, 3), np.float64)
+    action_space = Box(np.array([-1, -3], np.float32), np.array([2, 3], np.float32))
+
+    def __init__(self):
+        self.left = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 10
+        return self.np_random.normal(size=(2, 3)), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, np.float32))
+        self.left -= 1
+        return self.np_random.normal(size=(2, 3)), -float(np.square(action).sum()), False, self.left == 0, {}
+
+gymnasium.register("Point-v0", Point)
+"""
+
+
 @pytest.mark.parametrize("config", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
 def test_every_shipped_config_runs(config, here, monkeypatch):
     lightning(
-        "fit", "--config", config, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", monkeypatch=monkeypatch
+        "fit",
+        "--config",
+        config,
+        "--trainer.fast_dev_run=true",
+        "--trainer.accelerator=cpu",
+        "--data.rollout_length=25",  # as short as may be: what is tried is the config
+        monkeypatch=monkeypatch,
     )
     assert not list(here.rglob("*.safetensors")), "a development run leaves nothing behind"
 
@@ -185,6 +271,8 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--data.num_envs=30"], ["data.num_envs=30", "model.learners=8"]),
         (["--model.pears=3"], ["model.pears"]),
         (["--model.gamma=1.5"], ["model.gamma", "1.5"]),
+        (["--model=PPO", "--model.pairs=3"], ["model.pairs", "PPO"]),
+        (["--model=PPP"], ["model", "PPP", "MetaPPO, PPO"]),
         (["--config=missing.yaml"], ["missing.yaml"]),
         (["--trainer.default_root_dir=/proc/nowhere"], ["trainer.default_root_dir", "/proc/nowhere"]),
     ],
@@ -203,10 +291,7 @@ def test_misspelt_key_in_a_config_file_is_named(capsys, monkeypatch, here):
 
 def test_interpolation_sees_what_the_command_line_says(capsys, monkeypatch, here):
     Path("mine.yaml").write_text("data: {env: Ant-v5}\ntrainer: {default_root_dir: 'runs/${data.env}'}\n")
-    with pytest.raises(SystemExit) as exit_:
-        lightning("fit", "--config=mine.yaml", "--data.env=Ant-v4", "--print_config", monkeypatch=monkeypatch)
-    assert exit_.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    printed = printed_config(capsys, monkeypatch, "--config=mine.yaml", "--data.env=Ant-v4")
     assert printed["trainer"]["default_root_dir"] == "runs/Ant-v4"
     assert printed["trainer"]["logger"][0]["init_args"]["name"] == "Ant-v4"
 

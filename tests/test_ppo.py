@@ -1,0 +1,135 @@
+"""Direct RL: the same data module and evaluation as distillation, with one policy instead of fresh learners."""
+
+import gymnasium
+import numpy as np
+import probes  # noqa: F401  registers the probe environments
+import pytest
+import torch
+from test_meta_ppo import small_run, trainer
+
+from lightning_distill import CollectorDataModule
+from lightning_distill.envs import env_spec
+from lightning_distill.evaluation import Evaluator
+from lightning_distill.ppo import PPO
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=2.5e-3, eps=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cart_pole():
+    """A policy for cart-pole after a few seconds."""
+    data = {"env_steps": 80_000, "num_envs": 32, "rollout_length": 64}
+    options = {"epochs": 4, "minibatches": 4, "optimizer": adam, "critic_optimizer": adam}
+    return small_run(model=PPO, data=data, **options)
+
+
+def evaluated(module, method="test", **data):
+    """Validate or test a module; the metrics that are logged."""
+    data = CollectorDataModule("CartPole-v1", **{"val_learners": 3, "test_learners": 20, **data})
+    return getattr(trainer(limit_val_batches=1), method)(module, data, verbose=False)[0]
+
+
+def test_it_learns(cart_pole):
+    metrics = evaluated(cart_pole)
+    assert metrics["test/return_sampled"] > 400
+    assert metrics["test/return_greedy"] > 400
+
+
+def test_every_row_of_an_evaluation_is_the_one_policy(cart_pole):
+    metrics = evaluated(cart_pole, test_learners=6, episodes=2)
+    assert list(cart_pole.evaluations) == ["trained policy"]
+    found = cart_pole.evaluations["trained policy"]
+    assert {kind: entry.returns.shape for kind, entry in found.items()} == {"sampled": (6, 2), "greedy": (6, 2)}
+    assert metrics["test/return_greedy"] == pytest.approx(found["greedy"].mean)
+    assert metrics["test/return_sampled_ci95"] == pytest.approx(found["sampled"].ci95)
+
+
+def test_validation_logs_what_checkpoints_are_chosen_by(cart_pole):
+    metrics = evaluated(cart_pole, "validate")
+    entry = cart_pole.evaluations["trained policy"]["sampled"]
+    assert metrics["val/return"] == pytest.approx(entry.mean)
+    assert metrics["val/return_worst"] == entry.returns.min()
+
+
+def test_an_evaluation_leaves_weights_and_random_state_alone(cart_pole):
+    before = {name: value.clone() for name, value in cart_pole.state_dict().items()}
+    state = torch.get_rng_state()
+    first = evaluated(cart_pole)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in cart_pole.state_dict().items())
+    assert evaluated(cart_pole) == first
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_greedy_actions_are_those_of_the_weights_on_normalised_observations(env):
+    """Against a network of torch.nn with the same weights, on observations normalised by hand."""
+    module = small_run(env, PPO, minibatches=4)
+    params = module.policy_params()
+    layers = [torch.nn.Linear(*params[f"{i}.weight"].shape[1:]) for i in range(3)]
+    for i, layer in enumerate(layers):
+        layer.weight.data, layer.bias.data = params[f"{i}.weight"][0].T, params[f"{i}.bias"].flatten()
+    network = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
+    observations = torch.randn(4, 5, *module.spec.observation_shape) * 30
+    moments = module.observation_moments
+    inputs = ((observations - moments.mean) / (moments.variance + 1e-8).sqrt()).clamp(-10, 10).float()
+    output = network(inputs)
+    expected = output.argmax(-1) if module.spec.action_type == "discrete" else output
+    torch.testing.assert_close(module.present_policy()(observations), expected)
+
+
+def test_sampled_actions_have_the_policys_spread():
+    module = small_run("Pendulum-v1", PPO, minibatches=4, log_std=-1.0, data={"env_steps": 1})
+    observations = torch.zeros(1, 20_000, 3)
+    actions = module.present_policy()(observations, sample=True)
+    # Half the action range of Pendulum is 2.
+    assert actions.std().item() == pytest.approx(2 * np.exp(-1.0), rel=0.05)
+    greedy = module.present_policy()(observations)
+    torch.testing.assert_close(greedy, greedy[:, :1].expand_as(greedy))
+    assert actions.mean().item() == pytest.approx(greedy[0, 0].item(), abs=0.02)
+
+
+def test_returns_are_those_that_gymnasium_gives(cart_pole):
+    """The same policy in Gymnasium's own cart-pole, greedy: as good there."""
+    env, act, lengths = gymnasium.make("CartPole-v1"), cart_pole.present_policy(), []
+    for seed in range(3):
+        observation, done, length = env.reset(seed=seed)[0], False, 0
+        while not done:
+            action = act(torch.tensor(observation).view(1, 1, -1)).item()
+            observation, _, terminated, truncated, _ = env.step(action)
+            done, length = terminated or truncated, length + 1
+        lengths.append(length)
+    assert min(lengths) > 300
+
+
+def test_a_checkpoint_restores_the_policy_and_what_it_has_counted(tmp_path):
+    data = CollectorDataModule("CartPole-v1", env_steps=2048, num_envs=16, rollout_length=32, test_learners=8)
+    module = PPO(data.spec, minibatches=4)
+    fit = trainer(enable_checkpointing=True, default_root_dir=tmp_path)
+    fit.fit(module, data)
+    (path,) = tmp_path.rglob("*.ckpt")
+    restored = PPO(data.spec, minibatches=4)
+    assert not torch.equal(restored.policy_params()["0.weight"], module.policy_params()["0.weight"])
+    before = trainer().test(module, data, verbose=False)
+    assert trainer().test(restored, data, ckpt_path=path, verbose=False, weights_only=True) == before
+    assert restored.env_steps == 2048
+    assert restored.observation_moments.count == 2048
+
+
+def test_any_policy_can_be_played():
+    """An evaluation asks of a policy no more than actions for observations [learners, episodes, *obs]."""
+    evaluator = Evaluator(env_spec("ProbeContext-v0"), learners=3, episodes=2)
+    seen = []
+
+    def right(observation, sample=False):
+        seen.append((tuple(observation.shape), sample))
+        return (observation[..., 0] > 0).long()
+
+    def wrong(observation, sample=False):
+        return 1 - right(observation)
+
+    assert torch.equal(evaluator.play(lambda: right).returns, torch.ones(3, 2))
+    assert seen == [((3, 2, 1), True)]
+    assert torch.equal(evaluator.play(lambda: wrong, greedy=True).returns, -torch.ones(3, 2))
+    evaluator.close()
