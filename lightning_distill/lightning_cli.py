@@ -6,6 +6,7 @@ import logging
 import netrc
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
@@ -15,11 +16,13 @@ from importlib.resources import files
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks import ExportDataset, HeldOutLearners, RunReport
+from .checkpoints import RunCheckpoint, last_checkpoint
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
@@ -70,8 +73,8 @@ class DistillCLI(LightningCLI):
         self.config = parser.parse_args(given)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(HeldOutLearners, "held_out")
         parser.add_lightning_class_args(ExportDataset, "export")
         parser.add_lightning_class_args(RunReport, "report")
@@ -92,8 +95,20 @@ class DistillCLI(LightningCLI):
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
+        if self._get(self.config, "ckpt_path") == "last":
+            self.config[self.subcommand]["ckpt_path"] = self._last_checkpoint(root)
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")
+
+    def _last_checkpoint(self, root: str) -> str | None:
+        """Of the newest run of this config. Lightning's own ``last`` looks into the run's folder, here always a new one."""
+        config = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
+        found = last_checkpoint(root, config)
+        if found is None and self.subcommand != "fit":
+            raise ConfigError(f"ckpt_path='last': no last.ckpt of this config below {root!r}")
+        if found is None:
+            print(f"ckpt_path='last': no last.ckpt of this config below {root!r} yet, starting from the beginning")
+        return None if found is None else str(found)
 
     def instantiate_classes(self) -> None:
         try:
@@ -140,12 +155,16 @@ def run(args: list[str] | None = None) -> None:
     """Parse and carry out ``fit``, ``validate`` or ``test``; ``args`` default to the process's own."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     omegaconf = {"parser_mode": "omegaconf+"}
-    DistillCLI(
-        PPO,
-        CollectorDataModule,
-        subclass_mode_model=True,
-        parser_class=DistillParser,
-        parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
-        auto_configure_optimizers=False,
-        args=args,
-    )
+    try:
+        DistillCLI(
+            PPO,
+            CollectorDataModule,
+            subclass_mode_model=True,
+            parser_class=DistillParser,
+            parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except SIGTERMException:
+        # Lightning's leaves with 0, which a scheduler would take for a finished run.
+        sys.exit(128 + signal.SIGTERM)

@@ -90,7 +90,7 @@ def test_metrics_hold_returns_beside_steps(finished):
     steps = [float(row["env_steps"]) for row in rows if row["env_steps"]]
     assert steps == [1600.0 * i for i in range(1, 6)]
     assert len([row for row in rows if row["val/return"]]) == 5
-    assert float(rows[0]["train/policy/learning_rate"]) > 0
+    assert float(rows[0]["policy/learning_rate"]) > 0
 
 
 def test_a_checkpoint_is_a_model_without_running_code(finished):

@@ -156,10 +156,10 @@ def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
 
     counts = Count()
     before = small_run(iterations=1, data={"env_steps": 1}, target_kl=1e9, callbacks=[counts])
-    assert counts.metrics["train/policy/updates"] == 16
+    assert counts.metrics["policy/updates"] == 16
     stopped = Count()
     small_run(iterations=1, target_kl=1e-12, callbacks=[stopped])
-    assert stopped.metrics["train/policy/updates"] == 1, "the first minibatch is on-policy, the second is not"
+    assert stopped.metrics["policy/updates"] == 1, "the first minibatch is on-policy, the second is not"
     assert before.env_steps == 320
 
 
