@@ -135,10 +135,14 @@ def last_checkpoint(root: str | Path, config: Mapping[str, Any]) -> Path | None:
             for longer, on other hardware, or with other loggers.
     """
 
+    def given(value: Any) -> Any:
+        """Without entries that are None, which a config may name or leave out."""
+        return {k: given(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
     def identity(settings: Mapping[str, Any]) -> Any:
         data = settings.get("data") or {}
-        model = {key: value for key, value in (settings.get("model") or {}).items() if value is not None}
-        return settings.get("seed_everything"), data.get("env"), data.get("env_kwargs") or {}, model
+        parts = (settings.get("seed_everything"), data.get("env"), data.get("env_kwargs"), settings.get("model"))
+        return [given(part) or None for part in parts]
 
     newest_first = sorted(Path(root).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:

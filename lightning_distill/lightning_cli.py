@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks import ExportDataset, HeldOutLearners, RunReport
-from .checkpoints import RunCheckpoint, last_checkpoint
+from .checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
@@ -71,6 +71,11 @@ class DistillCLI(LightningCLI):
         if given and given[0] in self.subcommands():
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
         self.config = parser.parse_args(given)
+        chosen = self.config[self.config.subcommand]
+        if chosen.ckpt_path == "last":
+            chosen.ckpt_path = self._last_checkpoint(parser)
+        if chosen.ckpt_path not in (None, "best", "hpc"):
+            AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path)  # before Lightning reads it, less carefully
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -95,19 +100,18 @@ class DistillCLI(LightningCLI):
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
-        if self._get(self.config, "ckpt_path") == "last":
-            self.config[self.subcommand]["ckpt_path"] = self._last_checkpoint(root)
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")
 
-    def _last_checkpoint(self, root: str) -> str | None:
+    def _last_checkpoint(self, parser: LightningArgumentParser) -> str | None:
         """Of the newest run of this config. Lightning's own ``last`` looks into the run's folder, here always a new one."""
-        config = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
-        found = last_checkpoint(root, config)
-        if found is None and self.subcommand != "fit":
-            raise ConfigError(f"ckpt_path='last': no last.ckpt of this config below {root!r}")
-        if found is None:
-            print(f"ckpt_path='last': no last.ckpt of this config below {root!r} yet, starting from the beginning")
+        command = self.config.subcommand
+        root = self.config[command].trainer.default_root_dir or os.getcwd()
+        found = last_checkpoint(root, yaml.safe_load(parser.dump(self.config))[command])
+        message = f"ckpt_path='last': no last.ckpt of this config below {root!r}"
+        if found is None and command != "fit":
+            raise ConfigError(message)
+        print(f"{message} yet: starting from the beginning" if found is None else f"going on from {found}")
         return None if found is None else str(found)
 
     def instantiate_classes(self) -> None:
