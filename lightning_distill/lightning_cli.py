@@ -21,7 +21,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .callbacks import ExportDataset, HeldOutLearners, RunReport
+from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
 from .checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
@@ -82,6 +82,7 @@ class DistillCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(HeldOutLearners, "held_out")
         parser.add_lightning_class_args(ExportDataset, "export")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("data.spec", "model.init_args.spec", compute_fn=EnvSpec.as_dict, apply_on="instantiate")
 
