@@ -107,7 +107,9 @@ class RunCheckpoint(ModelCheckpoint):
         """The state with its files in this run's folder; empty if they are gone."""
         to = {path: os.path.join(str(self.dirpath), os.path.basename(path)) for path in state["best_k_models"]}
         if not all(os.path.isfile(path) for path in to):
-            logger.warning("the best checkpoint so far is gone from %s: starting to look for one anew", state["dirpath"])
+            logger.warning(
+                "the best checkpoint so far is gone from %s: starting to look for one anew", state["dirpath"]
+            )
             return {}
         for path, copy in to.items():
             copy_atomically(path, copy)

@@ -18,6 +18,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("step size η of the one step", {"policy/learning_rate": ""}),
     ("KL divergence and share of clipped samples", {"policy/kl": "KL", "policy/clip_fraction": "clipped"}),
     ("entropy of the acting policies", {"policy/entropy": ""}),
+    ("log standard deviation of actions", {"policy/log_std": ""}),
     ("explained variance of the critic", {"loss/explained_variance": ""}),
     ("gradient norms before clipping", {"gradient/actor": "synthetic batch", "gradient/critic": "critic"}),
     ("environment steps a second", {"steps/s": ""}),
@@ -75,7 +76,9 @@ def write_report(
     if environment:
         parts.append(_section("Made with", _made_with(environment)))
     if about.get("config"):
-        parts.append(f"<h2>Config</h2><details><summary>all of it</summary><pre>{_text(about['config'])}</pre></details>")
+        parts.append(
+            f"<h2>Config</h2><details><summary>all of it</summary><pre>{_text(about['config'])}</pre></details>"
+        )
     listed = [(str(file), meaning) for file, meaning in files]
     if listed:
         parts.append(_section("Files", _definitions(listed)))
@@ -106,8 +109,8 @@ def draw_curves(curves: Curves):
         axes = next(panels)
         steps = [step for step, _ in curves["time/update"]]
         axes.stackplot(steps, [[share for _, share in curves[name]] for name in TIME], labels=TIME.values(), alpha=0.8)
-        axes.set_ylim(0, 1)
-        axes.legend(fontsize="small", loc="lower left")
+        axes.set_ylim(0, 1.3)
+        axes.legend(fontsize="small", loc="upper center", ncols=3)
         _finish(axes, "share of time")
     return figure
 

@@ -258,7 +258,11 @@ class PPO(L.LightningModule):
 
     def _check_finite(self, rollout: TensorDictBase) -> None:
         """Raise ``ConfigError``, on all processes alike, before anything is learned from a rollout that is not finite."""
-        names = {"reward": ("next", "reward"), "observation": ("next", "observation"), "first observation": "observation"}
+        names = {
+            "reward": ("next", "reward"),
+            "observation": ("next", "observation"),
+            "first observation": "observation",
+        }
         broken = torch.stack([rollout[key].isfinite().logical_not().any() for key in names.values()]).float()
         for name, found in zip(names, self._sum_over_processes(broken).tolist(), strict=True):
             if found:

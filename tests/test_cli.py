@@ -123,7 +123,10 @@ def test_checkpoint_of_another_environment_is_refused(finished, capsys, monkeypa
     assert "HalfCheetah-v5" in message
 
 
-@pytest.mark.parametrize("config", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+EXPERIMENTS = sorted(path for path in CONF.rglob("*.yaml") if "sweeps" not in path.parts)
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_shipped_config_runs(config, here, monkeypatch):
     lightning(
         "fit", "--config", config, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", monkeypatch=monkeypatch

@@ -102,7 +102,11 @@ def test_terminated_and_killed_runs_go_on_from_last(here):
 
 
 def test_last_is_the_newest_of_the_same_config(tmp_path):
-    mine = {"seed_everything": 1, "data": {"env": "A-v0", "env_kwargs": None, "env_steps": 5}, "model": {"pairs": 2, "x": None}}
+    mine = {
+        "seed_everything": 1,
+        "data": {"env": "A-v0", "env_kwargs": None, "env_steps": 5},
+        "model": {"pairs": 2, "x": None},
+    }
     others = [{**mine, "seed_everything": 2}, {**mine, "model": {"pairs": 3}}, {**mine, "data": {"env": "B-v0"}}]
     longer = {**mine, "data": {"env": "A-v0", "env_steps": 9}, "model": {"pairs": 2}}
     assert last_checkpoint(tmp_path, mine) is None
@@ -112,7 +116,9 @@ def test_last_is_the_newest_of_the_same_config(tmp_path):
         path.touch()
         os.utime(path, (1000 + age, 1000 + age))
         (path.parents[1] / "config.yaml").write_text(yaml.safe_dump(config))
-        assert last_checkpoint(tmp_path, mine) == tmp_path / "run" / f"version_{min(age, 1)}" / "checkpoints" / "last.ckpt"
+        assert (
+            last_checkpoint(tmp_path, mine) == tmp_path / "run" / f"version_{min(age, 1)}" / "checkpoints" / "last.ckpt"
+        )
 
 
 def test_best_so_far_comes_along(here):
