@@ -92,6 +92,8 @@ class DistillCLI(LightningCLI):
             lambda record: "litlogger" not in record.msg
         )
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        # Evaluations are gathered before they are logged: all processes log the same.
+        warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
         if "OMP_NUM_THREADS" not in os.environ:
             # Learners are small: on CPUs a second thread gains 1.3× at best, and loses 10× where it shares its core.
             torch.set_num_threads(1)
