@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -84,19 +86,30 @@ class CollectorDataModule(L.LightningDataModule):
         greedy: bool = False,
         step_rule: str | None = None,
     ) -> Evaluation:
-        """Returns of fresh learners of a family; validation and test differ in their number and in their seeds."""
-        return self._evaluator(stage)(dataset, family, greedy, seed=SEEDS[stage], step_rule=step_rule)
+        """Returns of fresh learners of a family; validation and test differ in their number and in their seeds.
+
+        Processes play an equal share each, with learners and start states of their own, and all get all returns.
+        """
+        return self._shared_out(
+            stage, lambda evaluator, seed: evaluator(dataset, family, greedy, seed=seed, step_rule=step_rule)
+        )
 
     def play(self, draw: Callable[[], StackedActor], stage: Stage, greedy: bool = False) -> Evaluation:
         """Returns of any policies, on the start states that fresh learners get."""
-        return self._evaluator(stage).play(draw, greedy, seed=SEEDS[stage])
+        return self._shared_out(stage, lambda evaluator, seed: evaluator.play(draw, greedy, seed=seed))
 
-    def _evaluator(self, stage: Stage) -> Evaluator:
+    def _shared_out(self, stage: Stage, play: Callable[[Evaluator, int], Evaluation]) -> Evaluation:
+        trainer, learners = self.trainer, 2 if self.trainer.fast_dev_run else self.learners[stage]
         if stage not in self._evaluators:
-            device = self.trainer.lightning_module.device
-            learners = 2 if self.trainer.fast_dev_run else self.learners[stage]
-            self._evaluators[stage] = Evaluator(self.spec, learners, self.episodes, self.backend, self.threads, device)
-        return self._evaluators[stage]
+            share = math.ceil(learners / trainer.world_size)
+            device = trainer.lightning_module.device
+            self._evaluators[stage] = Evaluator(self.spec, share, self.episodes, self.backend, self.threads, device)
+        seed = SEEDS[stage] if trainer.global_rank == 0 else stream_seed(SEEDS[stage], trainer.global_rank)
+        mine = play(self._evaluators[stage], seed)
+        if trainer.world_size == 1:
+            return mine
+        every = trainer.strategy.all_gather(mine.returns.to(trainer.strategy.root_device)).cpu()
+        return dataclasses.replace(mine, returns=every.flatten(0, 1)[:learners])
 
     def teardown(self, stage: str) -> None:
         if self._rollouts is not None:

@@ -6,6 +6,7 @@ import logging
 import netrc
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
@@ -15,11 +16,13 @@ from importlib.resources import files
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .callbacks import ExportDataset, HeldOutLearners, RunReport
+from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
+from .checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
@@ -68,12 +71,18 @@ class DistillCLI(LightningCLI):
         if given and given[0] in self.subcommands():
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
         self.config = parser.parse_args(given)
+        chosen = self.config[self.config.subcommand]
+        if chosen.ckpt_path == "last":
+            chosen.ckpt_path = self._last_checkpoint(parser)
+        if chosen.ckpt_path not in (None, "best", "hpc"):
+            AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path)  # before Lightning reads it, less carefully
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(HeldOutLearners, "held_out")
         parser.add_lightning_class_args(ExportDataset, "export")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("data.spec", "model.init_args.spec", compute_fn=EnvSpec.as_dict, apply_on="instantiate")
 
@@ -83,6 +92,8 @@ class DistillCLI(LightningCLI):
             lambda record: "litlogger" not in record.msg
         )
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        # Evaluations are gathered before they are logged: all processes log the same.
+        warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
         if "OMP_NUM_THREADS" not in os.environ:
             # Learners are small: on CPUs a second thread gains 1.3× at best, and loses 10× where it shares its core.
             torch.set_num_threads(1)
@@ -94,6 +105,17 @@ class DistillCLI(LightningCLI):
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")
+
+    def _last_checkpoint(self, parser: LightningArgumentParser) -> str | None:
+        """Of the newest run of this config. Lightning's own ``last`` looks into the run's folder, here always a new one."""
+        command = self.config.subcommand
+        root = self.config[command].trainer.default_root_dir or os.getcwd()
+        found = last_checkpoint(root, yaml.safe_load(parser.dump(self.config))[command])
+        message = f"ckpt_path='last': no last.ckpt of this config below {root!r}"
+        if found is None and command != "fit":
+            raise ConfigError(message)
+        print(f"{message} yet: starting from the beginning" if found is None else f"going on from {found}")
+        return None if found is None else str(found)
 
     def instantiate_classes(self) -> None:
         try:
@@ -140,12 +162,16 @@ def run(args: list[str] | None = None) -> None:
     """Parse and carry out ``fit``, ``validate`` or ``test``; ``args`` default to the process's own."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     omegaconf = {"parser_mode": "omegaconf+"}
-    DistillCLI(
-        PPO,
-        CollectorDataModule,
-        subclass_mode_model=True,
-        parser_class=DistillParser,
-        parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
-        auto_configure_optimizers=False,
-        args=args,
-    )
+    try:
+        DistillCLI(
+            PPO,
+            CollectorDataModule,
+            subclass_mode_model=True,
+            parser_class=DistillParser,
+            parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except SIGTERMException:
+        # Lightning's leaves with 0, which a scheduler would take for a finished run.
+        sys.exit(128 + signal.SIGTERM)

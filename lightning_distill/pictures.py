@@ -41,24 +41,31 @@ def _figure(width: float, height: float):
     return figure
 
 
+#: Metric → [(environment steps, value)].
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def read_curves(metrics: Path) -> Curves:
+    """All that a run's ``metrics.csv`` holds, against environment steps; numbers that are not finite are left out."""
+    steps, curves = 0.0, {}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            # A validation's row comes without the counter: it belongs to the steps counted just before it.
+            steps = float(row["env_steps"]) if row.get("env_steps") else steps
+            for name, value in row.items():
+                if value and math.isfinite(float(value)):
+                    curves.setdefault(name, []).append((steps, float(value)))
+    return curves
+
+
 def draw_learning_curve(metrics: Path, path: Path) -> Path:
     """Return against environment steps, from a run's ``metrics.csv``: training, validation, held-out learners."""
-    with metrics.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    curves = read_curves(metrics)
+    names = [name for name in curves if name in ("return", "val/return")]
+    names += sorted(name for name in curves if name.startswith("held_out/") and name.endswith("/return"))
+    points = {name: curves[name] for name in names}
     figure = _figure(7, 4)
     axes = figure.subplots()
-    columns = [name for name in (rows[0] if rows else {}) if name in ("return", "val/return")]
-    columns += sorted(
-        name for name in (rows[0] if rows else {}) if name.startswith("held_out/") and name.endswith("/return")
-    )
-    steps = 0.0
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
-    for row in rows:
-        # A validation's row comes without the counter: it belongs to the steps counted just before it.
-        steps = float(row["env_steps"]) if row.get("env_steps") else steps
-        for name in columns:
-            if row.get(name):
-                points[name].append((steps, float(row[name])))
     labels = {"return": "training (last 100 episodes)", "val/return": "validation"}
     for name, line in points.items():
         if line:

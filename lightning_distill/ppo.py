@@ -117,6 +117,7 @@ class PPO(L.LightningModule):
         self.seed = 0
         self.evaluations: dict[str, dict[str, Evaluation]] = {}
         self._episode_returns: deque[float] = deque(maxlen=EPISODES_LOGGED)
+        self._inference_seconds = 0.0
         self._running: Tensor | None = None
 
     # --- acting -------------------------------------------------------------------------------------------------
@@ -142,16 +143,21 @@ class PPO(L.LightningModule):
     @torch.no_grad()
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was."""
-        observation = self.normalise(state["observation"].float())
+        began = time.perf_counter()
+        # Not a number would break the sampling of an action; the rollout's check names it soon enough.
+        observation = self.normalise(state["observation"].float()).nan_to_num()
         output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
         state["output"] = output
         state["action"] = action_distribution(output, self._acting_log_std).sample()
+        self._inference_seconds += time.perf_counter() - began
         return state
 
     # --- learning -----------------------------------------------------------------------------------------------
 
     def training_step(self, rollout: TensorDictBase, batch_idx: int) -> None:
         """One iteration: a rollout [N, T] and its PPO epochs."""
+        self._rollout_ended_at = time.perf_counter()
+        self._check_finite(rollout)
         samples = self._samples(rollout)
         metrics = self._update(samples)
         self.observation_moments.update(rollout["next", "observation"], self._sum_over_processes)
@@ -165,7 +171,6 @@ class PPO(L.LightningModule):
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
         """Tensors [K, M, …] for the update of K learners from M samples each."""
         reward, done, terminated = (rollout["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
-        self._check_finite(rollout)
         observations = self.normalise(rollout["observation"].float())
         value = self.critic(observations).squeeze(-1)
         next_value = self.critic(self.normalise(rollout["next", "observation"].float())).squeeze(-1)
@@ -231,10 +236,10 @@ class PPO(L.LightningModule):
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 self.manual_backward(policy_loss + value_loss)
-                found["gradient/critic"] = nn.utils.clip_grad_norm_(critic_params, self.max_grad_norm)
+                found["gradient/critic"] = clip_gradients(critic_params, self.max_grad_norm)
                 critic_optimizer.step()
                 if not stopped:
-                    found["gradient/actor"] = nn.utils.clip_grad_norm_(actor_params, self.max_grad_norm)
+                    found["gradient/actor"] = clip_gradients(actor_params, self.max_grad_norm)
                     actor_optimizer.step()
                 for name, tensor in found.items():
                     metrics.setdefault(name, []).append(tensor.detach())
@@ -242,6 +247,7 @@ class PPO(L.LightningModule):
         critic_optimizer.zero_grad()
         result = {name: torch.stack(values).mean() for name, values in metrics.items()}
         result["policy/updates"] = torch.tensor(float(len(metrics.get("gradient/actor", []))), device=device)
+        result["gradient/skipped"] = self._count_skipped(metrics)
         result["loss/explained_variance"] = explained_variance(samples["value"], samples["value_target"])
         return result
 
@@ -253,12 +259,37 @@ class PPO(L.LightningModule):
         return ppo_loss(log_ratio, batch["advantage"], self.clip), policy.entropy().mean(), log_ratio
 
     def _check_finite(self, rollout: TensorDictBase) -> None:
-        for name, key in (("reward", ("next", "reward")), ("observation", ("next", "observation"))):
-            if not rollout[key].isfinite().all():
+        """Raise ``ConfigError``, on all processes alike, before anything is learned from a rollout that is not finite."""
+        names = {
+            "reward": ("next", "reward"),
+            "observation": ("next", "observation"),
+            "first observation": "observation",
+        }
+        broken = torch.stack([rollout[key].isfinite().logical_not().any() for key in names.values()]).float()
+        for name, found in zip(names, self._sum_over_processes(broken).tolist(), strict=True):
+            if found:
                 raise ConfigError(
                     f"env={self.spec.id!r} returned a {name} that is NaN or infinite after {int(self.env_steps)} steps; "
                     f"allowed: finite numbers"
                 )
+
+    def _count_skipped(self, metrics: dict[str, list[Tensor]]) -> Tensor:
+        """Number of updates of this iteration whose gradient was not finite.
+
+        Raises:
+            ConfigError: of actor or critic, all were.
+        """
+        skipped = {}
+        for name in ("actor", "critic"):
+            norms = metrics.get(f"gradient/{name}", [])
+            skipped[name] = sum(norm.isfinite().logical_not().float() for norm in norms)
+            if norms and skipped[name] == len(norms):
+                raise ConfigError(
+                    f"no finite gradient of the {name} in iteration {int(self.iteration)} (after {int(self.env_steps)} "
+                    "steps): what was learned so far is kept; lower model.optimizer's and model.critic_optimizer's lr, or "
+                    "look for huge rewards and observations"
+                )
+        return skipped["actor"] + skipped["critic"]
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -316,7 +347,13 @@ class PPO(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed() % 2**31
-        self._ended_at = time.monotonic()
+        self._began_at = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._began_at = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self._began_at = time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["env"] = self.spec.as_dict()
@@ -331,20 +368,30 @@ class PPO(L.LightningModule):
             progress["is_last_batch"] = False
 
     def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
-        now = time.monotonic()
-        speed = frames * self.trainer.world_size / (now - self._ended_at)
-        self._ended_at = now
-        metrics |= {f"policy/{name}": value for name, value in self.actor_metrics().items()}
-        metrics = {f"train/{name}": value for name, value in metrics.items()}
-        # Learning rates fall and returns of the acting policies rise: both belong beside env_steps in every row.
-        metrics["train/optimizer_lr"] = self.optimizers()[0].param_groups[0]["lr"]
         distributed = self.trainer.world_size > 1
-        self.log_dict(metrics, sync_dist=distributed, batch_size=1)
+        metrics |= {f"policy/{name}": value for name, value in self.actor_metrics().items()}
+        # Learning rates fall and returns of the acting policies rise: both belong beside env_steps in every row.
+        metrics["policy/optimizer_lr"] = self.optimizers()[0].param_groups[0]["lr"]
+        self.log_dict(metrics | self._times(), sync_dist=distributed, batch_size=1)
         self.log("env_steps", self.env_steps.float(), batch_size=1)
+        speed = frames * self.trainer.world_size / (time.perf_counter() - self._began_at)
         self.log("steps/s", speed, prog_bar=True, batch_size=1, sync_dist=distributed)
-        if self._episode_returns:
-            mean = sum(self._episode_returns) / len(self._episode_returns)
-            self.log("return", mean, prog_bar=True, batch_size=1, sync_dist=distributed)
+        # A process may have seen no episode end yet: summed over all, so that each logs the same or nothing.
+        found = torch.tensor([sum(self._episode_returns), len(self._episode_returns)], dtype=torch.float64)
+        total, episodes = self._sum_over_processes(found.to(self.device)).tolist()
+        if episodes:
+            self.log("return", total / episodes, prog_bar=True, batch_size=1)
+
+    def _times(self) -> dict[str, float]:
+        """Shares of this iteration's time in which policies acted, simulators (and the collector) ran, and batches were learned from.
+
+        Host clocks, without waiting for the device: what a GPU does in the background counts where its result is awaited.
+        """
+        now = time.perf_counter()
+        total = now - self._began_at
+        inference, update = self._inference_seconds / total, (now - self._rollout_ended_at) / total
+        self._inference_seconds = 0.0
+        return {"time/inference": inference, "time/update": update, "time/simulation": 1 - inference - update}
 
     # --- what distillation replaces -----------------------------------------------------------------------------
 
@@ -378,6 +425,19 @@ class PPO(L.LightningModule):
 
     def actor_metrics(self) -> dict[str, Tensor]:
         return {} if self.log_std is None else {"log_std": self.log_std.detach().mean()}
+
+
+def clip_gradients(params: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients to at most ``max_norm`` together, and return their norm [] before.
+
+    A norm that is NaN or infinite makes all of them zero: the batch is skipped. Decided on the device, as asking for the norm would stall it.
+    """
+    gradients = [parameter.grad for parameter in params if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.copy_(torch.where(norm.isfinite(), gradient * scale, 0.0))
+    return norm
 
 
 class PolicyWeights(nn.Module):

@@ -7,26 +7,40 @@ import lightning as L
 import torch
 
 from lightning_distill import CollectorDataModule, MetaPPO
+from lightning_distill.evaluation import IN_DISTRIBUTION
 
 torch.set_num_threads(1)
 folder, iterations = Path(sys.argv[1]), int(sys.argv[2])
 
 
 class Record(L.Callback):
-    """Gradients as each process sees them before clipping, and the learners each has drawn."""
+    """The learners that each process draws, and all that the last iteration's first update follows from."""
 
     def __init__(self):
-        self.gradients, self.fresh = [], []
+        self.fresh, self.before, self.gradients = [], None, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+        if self.before is not None and len(self.gradients) < 2:  # critic and actor
+            self.gradients.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.fresh.append(pl_module._fresh["0.weight"].clone())
+        if batch_idx == iterations - 1:
+            # Gradients as they are before clipping, of all samples at once.
+            pl_module.minibatches, pl_module.max_grad_norm = 1, 1e9
+            self.before = {
+                "state": {name: value.clone() for name, value in pl_module.state_dict().items()},
+                "rollout": batch.clone().to_dict(),
+                "fresh": {name: value.clone() for name, value in pl_module._fresh.items()},
+                "normaliser": pl_module._normaliser,
+                "running": pl_module._running.clone(),
+            }
 
 
 L.seed_everything(1, verbose=False)
-data = CollectorDataModule("CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20)
+data = CollectorDataModule(
+    "CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20, val_learners=5, episodes=2
+)
 module = MetaPPO(data.spec, pairs=3, learners=4)
 record = Record()
 trainer = L.Trainer(
@@ -38,7 +52,7 @@ trainer = L.Trainer(
     enable_checkpointing=False,
     enable_progress_bar=False,
     enable_model_summary=False,
-    limit_val_batches=0,
+    num_sanity_val_steps=0,
     default_root_dir=folder,
     callbacks=[record],
 )
@@ -46,8 +60,11 @@ trainer.fit(module, data)
 torch.save(
     {
         "state": module.state_dict(),
+        "before": record.before,
         "gradients": record.gradients,
         "fresh": record.fresh,
+        "returns": module.evaluations[IN_DISTRIBUTION]["sampled"].returns,
+        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
     },
     folder / f"rank{trainer.global_rank}.pt",
 )

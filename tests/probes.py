@@ -73,5 +73,29 @@ class NotANumber(gymnasium.Env):
         return np.ones(1, dtype=np.float32), float("nan"), False, False, {}
 
 
-for probe in (Context, NowOrLater, EndOrTimeLimit, NotANumber):
+class NotAnObservation(NotANumber):
+    """Returns an observation that is NaN."""
+
+    def step(self, action):
+        return np.full(1, np.nan, dtype=np.float32), 0.0, False, False, {}
+
+
+class Breaks(gymnasium.Env):
+    """Raises in its 100th step."""
+
+    observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, dtype=np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 100:
+            raise RuntimeError("the simulator broke")
+        return np.ones(1, dtype=np.float32), 1.0, False, False, {}
+
+
+for probe in (Context, NowOrLater, EndOrTimeLimit, NotANumber, NotAnObservation, Breaks):
     gymnasium.register(f"Probe{probe.__name__}-v0", entry_point=probe, order_enforce=False)

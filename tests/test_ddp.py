@@ -4,15 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensordict import TensorDict
+
+from lightning_distill import MetaPPO
+from lightning_distill.envs import env_spec, stream_seed
+from lightning_distill.evaluation import VALIDATION_SEED, Evaluator
+
+SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_script.py")
-    done = subprocess.run([sys.executable, str(script), str(folder), "20"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(folder), "20"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def trained(rank):
+    """The module as it ended, without a trainer."""
+    module = MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=4)
+    module.load_state_dict(rank["state"])
+    return module
 
 
 def test_processes_agree_bit_for_bit_after_twenty_iterations(ranks):
@@ -21,10 +34,25 @@ def test_processes_agree_bit_for_bit_after_twenty_iterations(ranks):
         assert torch.equal(value, second["state"][name]), name
 
 
-def test_gradients_are_averaged_over_processes(ranks):
-    first, second = ranks
-    assert len(first["gradients"]) >= 20
-    assert all(torch.equal(a, b) for a, b in zip(first["gradients"], second["gradients"], strict=True))
+def test_gradients_of_two_processes_are_those_of_one_with_all_the_data(ranks):
+    """One process: twice the learners, all of both rollouts, its own statistics and its own sums."""
+    before = [rank["before"] for rank in ranks]
+    module = MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=8)
+    module.load_state_dict(before[0]["state"])
+    module._sum_over_processes = lambda tensor: tensor
+    module._fresh = {name: torch.cat([part["fresh"][name] for part in before]) for name in before[0]["fresh"]}
+    module._normaliser, module._acting_log_std = before[0]["normaliser"], None
+    module._running = torch.cat([part["running"] for part in before], dim=1)
+    rollout = torch.cat([TensorDict.from_dict(part["rollout"], batch_size=[16, 20]) for part in before])
+    samples = module._samples(rollout)
+    policy_loss, *_ = module._policy_loss(samples)
+    value_loss = (module.critic(samples["observation"]).squeeze(-1) - samples["value_target"]).square().mean()
+    (policy_loss + value_loss).backward()
+    expected = [[p.grad for p in part.parameters()] for part in (module.critic, module.actor)]
+    for rank in ranks:
+        for found, wanted in zip(rank["gradients"], expected, strict=True):
+            for gradient, reference in zip(found, wanted, strict=True):
+                assert (gradient - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 def test_each_process_draws_learners_of_its_own(ranks):
@@ -35,3 +63,18 @@ def test_each_process_draws_learners_of_its_own(ranks):
 def test_steps_and_statistics_are_of_all_processes(ranks):
     assert ranks[0]["state"]["env_steps"] == 2 * 16 * 20 * 20
     assert ranks[0]["state"]["observation_moments.count"] == 2 * 16 * 20 * 20
+    for name in ("return", "policy/kl", "steps/s", "val/return"):
+        assert ranks[0]["logged"][name] == ranks[1]["logged"][name], name
+
+
+def test_evaluation_is_shared_out_and_known_to_all(ranks):
+    """5 learners: 3 are played by either process, one of them for nothing; each share is what one process plays alone."""
+    module = trained(ranks[0])
+    shares = []
+    for seed in (VALIDATION_SEED, stream_seed(VALIDATION_SEED, 1)):
+        evaluator = Evaluator(module.spec, learners=3, episodes=2)
+        shares.append(evaluator(module.distilled(), module.family, seed=seed).returns)
+        evaluator.close()
+    assert torch.equal(ranks[0]["returns"], torch.cat(shares)[:5])
+    assert torch.equal(ranks[0]["returns"], ranks[1]["returns"])
+    assert not torch.equal(*shares)

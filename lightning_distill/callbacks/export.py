@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from ..checkpoints import copy_atomically
 from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION, as_returns
 from ..meta_ppo import MetaPPO
+
+logger = logging.getLogger(__name__)
 
 
 class ExportDataset(L.Callback):
@@ -52,8 +56,14 @@ class ExportDataset(L.Callback):
         self._write(trainer, pl_module, "distilled.safetensors")
 
     def on_exception(self, trainer: L.Trainer, pl_module: MetaPPO, exception: BaseException) -> None:
-        if pl_module.iteration > 0:
+        if trainer.state.fn != "fit" or pl_module.iteration == 0:
+            return
+        try:
             self._write(trainer, pl_module, "last.safetensors")
+            if self.best_return is None:  # stopped before the first validation: there is no better one
+                self._write(trainer, pl_module, "distilled.safetensors")
+        except OSError as error:
+            logger.warning("no dataset of the moment it stopped: %s. The one before is whole.", error)
 
     def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
@@ -62,7 +72,12 @@ class ExportDataset(L.Callback):
         dataset.save(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_return": self.best_return}
+        return {"best_return": self.best_return, "folder": str(self.folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_return = state_dict["best_return"]
+        """A resumed run has a folder of its own: the best dataset so far comes along."""
+        best = Path(state_dict["folder"]) / "distilled.safetensors"
+        if best.is_file():
+            self.best_return = state_dict["best_return"]
+            if best.parent != self.folder:
+                copy_atomically(best, self.folder / best.name)

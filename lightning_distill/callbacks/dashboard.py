@@ -1,0 +1,110 @@
+"""Dashboard: what curves alone do not show, for Weights & Biases."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+
+from ..dataset import DistilledDataset
+from ..evaluation import IN_DISTRIBUTION, as_returns
+from ..meta_ppo import MetaPPO
+
+
+class Dashboard(L.Callback):
+    """Beside the logged curves, which W&B groups by what stands before the slash: environment steps as their x axis, the
+    pairs as pictures at each validation, the table of returns of all families at the end, the dataset as a versioned
+    artifact. Does nothing without a ``WandbLogger``.
+
+    Args:
+        video: also record a taught learner at the end (some seconds; the environment must be one that can be drawn).
+    """
+
+    def __init__(self, video: bool = False) -> None:
+        self.video = video
+        self.best_return: float | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        run = _wandb_run(trainer)
+        if run is not None:
+            run.define_metric("env_steps")
+            run.define_metric("*", step_metric="env_steps", step_sync=True)
+            run.define_metric("val/return", summary="max", step_metric="env_steps", step_sync=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        run = _wandb_run(trainer)
+        if run is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        dataset = _described(pl_module)
+        self._log_pictures(run, dataset)
+        mean = pl_module.evaluations[IN_DISTRIBUTION]["sampled"].mean
+        if self.best_return is None or mean > self.best_return:
+            self.best_return = mean
+            _log_dataset(run, dataset, ["best-by-validation"])
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        import wandb
+
+        run = _wandb_run(trainer)
+        if run is None:
+            return
+        dataset = _described(pl_module)
+        columns = ["family", "actions", "mean", "ci95", "std", "iqm", "worst", "learners", "episodes"]
+        rows = [
+            [family, kind, *(entry.as_dict()[name] for name in columns[2:])]
+            for family, kinds in pl_module.evaluations.items()
+            for kind, entry in kinds.items()
+        ]
+        run.log({"test/returns": wandb.Table(columns=columns, data=rows)})
+        _log_dataset(run, dataset, ["best-by-validation", "tested"])
+        if self.video:
+            from ..watching import record
+
+            with tempfile.TemporaryDirectory() as folder:
+                recording = record(dataset, Path(folder) / "taught.gif", family=pl_module.family)
+                caption = f"a fresh learner after one step: return {recording.total:.1f}"
+                run.log({"video/taught": wandb.Video(str(recording.path), caption=caption, format="gif")})
+
+    def _log_pictures(self, run: Any, dataset: DistilledDataset) -> None:
+        import wandb
+
+        from ..pictures import draw_pairs
+
+        with tempfile.TemporaryDirectory() as folder:
+            picture = draw_pairs(dataset, Path(folder) / "pairs.png")
+            run.log({"pairs": wandb.Image(str(picture), caption=f"{dataset.metadata['env_steps']:,} steps")})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_return": self.best_return}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_return = state_dict["best_return"]
+
+
+def _wandb_run(trainer: L.Trainer) -> Any | None:
+    """The W&B run, in the process that writes it; None if there is none, or W&B is switched off."""
+    logger = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+    if logger is None or not trainer.is_global_zero or trainer.fast_dev_run or logger.experiment.disabled:
+        return None
+    return logger.experiment
+
+
+def _described(pl_module: MetaPPO) -> DistilledDataset:
+    return pl_module.distilled().with_metadata(returns=as_returns(pl_module.evaluations))
+
+
+def _log_dataset(run: Any, dataset: DistilledDataset, aliases: list[str]) -> None:
+    """A new version of the run's dataset; W&B keeps all of them and moves the aliases."""
+    import wandb
+
+    about = {"env": dataset.env, "pairs": dataset.pairs, "learning_rate": dataset.learning_rate.item()}
+    about |= {key: dataset.metadata[key] for key in ("env_steps", "seed", "learners", "returns", "versions")}
+    name = re.sub(r"[^\w.-]", "-", f"{dataset.env}-{dataset.pairs}-pairs")
+    artifact = wandb.Artifact(name, type="distilled-dataset", metadata=about)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.add_file(str(dataset.save(Path(folder) / "distilled.safetensors")))
+        run.log_artifact(artifact, aliases=aliases)

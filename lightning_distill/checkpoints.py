@@ -1,0 +1,157 @@
+"""Checkpoints that survive: written whole or not at all, read without running code, found again, carried along."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse.typing import PositiveFloat
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from .dataset import write_atomically
+from .envs import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Local checkpoints replace their predecessors in one step; nothing in a checkpoint is executed.
+
+    Lightning's own are written in the system's temporary folder and moved, which is a copy where that is another file
+    system: a full disk or a crash then leaves half a checkpoint in place of a whole one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(path, content.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning's, but ``weights_only`` unless it is False.
+
+        Raises:
+            ConfigError: there is no such file, it is broken, or it holds objects that only code could restore.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        except FileNotFoundError:
+            raise ConfigError(f"ckpt_path={str(path)!r}: no such file") from None
+        except Exception as error:  # which ones a broken file can provoke is torch's business
+            cause = str(error).splitlines()[0]
+            raise ConfigError(f"ckpt_path={str(path)!r}: not a checkpoint that can be read safely ({cause})") from error
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint`` for runs that are stopped and go on in a folder of their own.
+
+    Args:
+        minutes: also save when the last checkpoint is older than so many minutes. (Lightning's ``train_time_interval`` does
+            nothing in manual optimisation.)
+        kwargs: of ``ModelCheckpoint``.
+    """
+
+    def __init__(self, minutes: PositiveFloat | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.minutes = minutes
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if self.minutes is None or trainer.fast_dev_run:
+            return
+        due = time.monotonic() - self._saved_at > 60 * self.minutes
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
+            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = time.monotonic()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save, if ``save_on_exception`` is set and nothing stands in the way."""
+        # All processes save together. Where one alone broke it would wait for the others, and they for it.
+        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
+            return
+        try:
+            super().on_exception(trainer, pl_module, exception)
+        except OSError as error:
+            logger.warning("no checkpoint of the moment it stopped: %s. The one before is whole.", error)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The best so far comes along into the new run's folder, so that what follows is measured against it."""
+        if state_dict["dirpath"] != self.dirpath:
+            if self.monitor is None:
+                return
+            state_dict = self._carried_along(state_dict)
+        if state_dict:
+            super().load_state_dict(state_dict)
+
+    def _carried_along(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with its files in this run's folder; empty if they are gone."""
+        to = {path: os.path.join(str(self.dirpath), os.path.basename(path)) for path in state["best_k_models"]}
+        if not all(os.path.isfile(path) for path in to):
+            logger.warning(
+                "the best checkpoint so far is gone from %s: starting to look for one anew", state["dirpath"]
+            )
+            return {}
+        for path, copy in to.items():
+            copy_atomically(path, copy)
+        return {
+            **state,
+            "dirpath": self.dirpath,
+            "best_k_models": {to[path]: score for path, score in state["best_k_models"].items()},
+            "kth_best_model_path": to.get(state["kth_best_model_path"], ""),
+            "best_model_path": to.get(state["best_model_path"], ""),
+            "last_model_path": "",
+        }
+
+
+def copy_atomically(source: str | Path, target: str | Path) -> None:
+    """Copy a small file so that ``target`` is the old one or the whole new one; several processes may do the same."""
+    write_atomically(target, Path(source).read_bytes())
+
+
+def last_checkpoint(root: str | Path, config: Mapping[str, Any]) -> Path | None:
+    """The newest ``last.ckpt`` below ``root`` of a run that was configured as this one; None if there is none.
+
+    Args:
+        root: ``trainer.default_root_dir``.
+        config: the present run's, of which ``seed_everything``, the environment and ``model`` must agree; a run may go on
+            for longer, on other hardware, or with other loggers.
+    """
+
+    def given(value: Any) -> Any:
+        """Without entries that are None, which a config may name or leave out."""
+        return {k: given(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
+    def identity(settings: Mapping[str, Any]) -> Any:
+        data = settings.get("data") or {}
+        parts = (settings.get("seed_everything"), data.get("env"), data.get("env_kwargs"), settings.get("model"))
+        return [given(part) or None for part in parts]
+
+    newest_first = sorted(Path(root).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest_first:
+        try:
+            saved = yaml.safe_load((path.parents[1] / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            continue
+        if isinstance(saved, dict) and identity(saved) == identity(config):
+            return path
+    return None

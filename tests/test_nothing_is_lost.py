@@ -1,0 +1,340 @@
+"""Runs that are killed, stopped, or break: what is on the disk is whole, and goes on."""
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import probes  # noqa: F401  registers the probe environments
+import pytest
+import torch
+import yaml
+from test_meta_ppo import prepared, small_run
+
+import lightning_distill.dataset
+from lightning_distill import CollectorDataModule, ConfigError, MetaPPO, load
+from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
+from lightning_distill.cli import main
+from lightning_distill.data import Rollouts
+from lightning_distill.ppo import clip_gradients
+
+CONF = Path(__file__).parents[1] / "conf"
+FIT = [
+    "fit",
+    f"--config={CONF / 'cartpole_1d.yaml'}",
+    "--data.num_envs=32",
+    "--data.rollout_length=20",
+    "--data.val_learners=2",
+    "--data.test_learners=2",
+    "--held_out.families=[]",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--report.pictures=false",
+]
+#: A checkpoint after every iteration.
+OFTEN = "--last_checkpoint.minutes=1e-9"
+BREAKS = [*FIT, "--data.env=ProbeBreaks-v0", "--data.num_envs=8", "--data.env_steps=100_000", OFTEN]
+
+
+def fit(*options):
+    main([*FIT, *options])
+
+
+def started(folder, *options):
+    command = [sys.executable, "-m", "lightning_distill.cli", *FIT, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=90):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def env_steps(checkpoint):
+    return int(torch.load(checkpoint, weights_only=True)["state_dict"]["env_steps"])
+
+
+def logged_steps(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_terminated_and_killed_runs_go_on_from_last(here):
+    """SIGTERM before the first validation; the resumed run is killed by −9; the next one ends."""
+    runs = [here / "runs" / "CartPole-v1" / f"version_{index}" for index in range(3)]
+    last = [run / "checkpoints" / "last.ckpt" for run in runs]
+    long = ["--data.env_steps=100_000_000", "--ckpt_path=last", OFTEN]
+
+    first = started(here, *long)
+    wait_for(last[0].exists, first)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM
+    assert env_steps(last[0]) > 0
+    for name in ("last", "distilled"):
+        assert load(runs[0] / f"{name}.safetensors").metadata["env_steps"] == env_steps(last[0])
+
+    second = started(here, *long)
+    wait_for(last[1].exists, second)
+    second.kill()
+    second.wait(60)
+    assert env_steps(last[1]) > env_steps(last[0])
+
+    fit("--ckpt_path=last", f"--data.env_steps={env_steps(last[1]) + 3 * 640}")
+    assert logged_steps(runs[2]) == [env_steps(last[1]) + i * 640 for i in (1, 2, 3)]
+    assert load(runs[2] / "distilled.safetensors").metadata["returns"]
+
+
+def test_last_is_the_newest_of_the_same_config(tmp_path):
+    mine = {
+        "seed_everything": 1,
+        "data": {"env": "A-v0", "env_kwargs": None, "env_steps": 5},
+        "model": {"pairs": 2, "x": None},
+    }
+    others = [{**mine, "seed_everything": 2}, {**mine, "model": {"pairs": 3}}, {**mine, "data": {"env": "B-v0"}}]
+    longer = {**mine, "data": {"env": "A-v0", "env_steps": 9}, "model": {"pairs": 2}}
+    assert last_checkpoint(tmp_path, mine) is None
+    for age, config in enumerate([longer, mine, *others]):
+        path = tmp_path / "run" / f"version_{age}" / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1000 + age, 1000 + age))
+        (path.parents[1] / "config.yaml").write_text(yaml.safe_dump(config))
+        assert (
+            last_checkpoint(tmp_path, mine) == tmp_path / "run" / f"version_{min(age, 1)}" / "checkpoints" / "last.ckpt"
+        )
+
+
+def test_best_so_far_comes_along(here):
+    fit("--data.env_steps=6_400")
+    first, second = (here / "runs" / "CartPole-v1" / f"version_{index}" for index in (0, 1))
+    # Better than whatever comes next: the resumed run must keep both, in its own folder.
+    last = first / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    key = next(key for key in checkpoint["callbacks"] if "'val/return'" in key)
+    state = checkpoint["callbacks"][key]
+    state["best_model_score"] = torch.tensor(1e6)
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(1e6))
+    checkpoint["callbacks"]["ExportDataset"]["best_return"] = 1e6
+    torch.save(checkpoint, last)
+    best, dataset = (first / "checkpoints" / "best.ckpt").read_bytes(), load(first / "distilled.safetensors")
+
+    fit("--data.env_steps=12_800", "--ckpt_path=last")
+    assert (second / "checkpoints" / "best.ckpt").read_bytes() == best
+    assert torch.equal(load(second / "distilled.safetensors").observations, dataset.observations)
+    assert env_steps(second / "checkpoints" / "last.ckpt") == 12_800
+
+
+class StopAfter(L.Callback):
+    def __init__(self, iterations):
+        self.iterations = iterations
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.iteration == self.iterations:
+            raise RuntimeError("stopped")
+
+
+def six_iterations(folder, callbacks=(), ckpt_path=None):
+    L.seed_everything(1, verbose=False)
+    data = CollectorDataModule("CartPole-v1", env_steps=16 * 20 * 6, num_envs=16, rollout_length=20)
+    module = MetaPPO(data.spec, pairs=3, learners=4)
+    checkpoint = RunCheckpoint(dirpath=folder, filename="last", enable_version_counter=False, save_on_exception=True)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[checkpoint, *callbacks],
+        plugins=[AtomicCheckpointIO()],
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, [optimizer.state_dict() for optimizer in trainer.optimizers], trainer.optimizers[0].param_groups
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
+    """…that is, the uninterrupted run which restarts its environments at that point."""
+    with pytest.raises(RuntimeError, match="stopped"):
+        six_iterations(tmp_path, [StopAfter(3)])
+    torch.manual_seed(1234)  # whatever state the new process is in
+    resumed, *optimizers = six_iterations(tmp_path / "resumed", ckpt_path=tmp_path / "last.ckpt")
+
+    endless = Rollouts.__iter__
+
+    def restarting(self):
+        before = endless(self)
+        for _ in range(3):
+            yield next(before)
+        before.close()
+        self.data.trainer.lightning_module._running = None  # no episode goes on
+        yield from endless(self)
+
+    without_restart, *_ = six_iterations(tmp_path / "whole")
+    monkeypatch.setattr(Rollouts, "__iter__", restarting)
+    uninterrupted, *expected = six_iterations(tmp_path / "restarting")
+    assert resumed.iteration == uninterrupted.iteration == 6
+    for name, value in uninterrupted.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    torch.testing.assert_close(optimizers, expected, rtol=0, atol=0)
+    assert not torch.equal(without_restart.synthetic_batch.targets, resumed.synthetic_batch.targets), "a restart shows"
+
+
+def test_an_environment_that_breaks_leaves_what_was_learned(here):
+    with pytest.raises(RuntimeError, match="the simulator broke"):
+        main(BREAKS)
+    run = here / "runs" / "ProbeBreaks-v0" / "version_0"
+    assert env_steps(run / "checkpoints" / "last.ckpt") == 4 * 160, "100 steps: four rollouts of 20 and a broken one"
+    for name in ("last", "distilled"):
+        assert load(run / f"{name}.safetensors").metadata["env_steps"] == 640
+
+
+def test_a_lost_worker_ends_the_run(here, monkeypatch):
+    workers = []
+    fetch = Rollouts.__iter__
+
+    def losing(self):
+        for index, rollout in enumerate(fetch(self)):
+            if index == 2:
+                simulator = self.collector.env.simulator
+                workers.extend(simulator.envs.processes)
+                os.kill(workers[1].pid, signal.SIGKILL)
+            yield rollout
+
+    monkeypatch.setattr(Rollouts, "__iter__", losing)
+    with pytest.raises(Exception, match=r".*"):
+        fit("--data.env_steps=10_000", "--data.backend=processes", "--data.num_envs=2", "--model.learners=2", OFTEN)
+    assert len(workers) == 2
+    assert env_steps(here / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt") == 3 * 40
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_a_full_disk_leaves_the_last_whole_ones(here, monkeypatch):
+    synchronise, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:
+            os.ftruncate(descriptor, 10)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synchronise(descriptor)
+
+    monkeypatch.setattr(lightning_distill.dataset.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit("--data.env_steps=100_000", OFTEN)
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    assert len(calls) > 12
+    assert env_steps(run / "checkpoints" / "last.ckpt") == 12 * 640
+    assert not [path for path in run.rglob(".*")], "nothing half written is left"
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_nothing_in_a_checkpoint_is_executed(command, here, capsys):
+    """The hyper-parameters, too, are read by Lightning before the run begins."""
+    torch.save({"state_dict": {}, "hyper_parameters": Hostile()}, "hostile.ckpt")
+    with pytest.raises(SystemExit):
+        main([command, *FIT[1:], "--data.env_steps=640", "--ckpt_path=hostile.ckpt"])
+    assert "hostile.ckpt" in capsys.readouterr().err
+    assert not Path("executed").exists()
+    torch.load("hostile.ckpt", weights_only=False)
+    assert Path("executed").exists(), "the trap works"
+
+
+def test_a_missing_checkpoint_is_named(here, capsys):
+    with pytest.raises(SystemExit):
+        fit("--ckpt_path=nowhere.ckpt")
+    assert "ckpt_path='nowhere.ckpt': no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("env", "word"), [("NotANumber", "reward"), ("NotAnObservation", "observation")])
+def test_numbers_that_are_none_end_the_run(env, word, here, capsys):
+    with pytest.raises(SystemExit):
+        fit(f"--data.env=Probe{env}-v0", "--data.env_steps=1000")
+    assert f"returned a {word} that is NaN" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    for bad in (float("nan"), float("inf")):
+        parameters[0].grad, parameters[1].grad = torch.tensor([1.0, bad, 2.0]), torch.ones(2)
+        assert not clip_gradients(parameters, 0.5).isfinite()
+        torch.optim.Adam(parameters, lr=1.0).step()
+        assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in parameters)
+
+
+def test_gradients_are_clipped_as_torch_clips_them():
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)] for _ in range(2))
+    for size in (0.01, 10.0):
+        for mine, reference in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(3) * size
+            reference.grad = mine.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        assert torch.equal(clip_gradients(ours, 0.5), norm)
+        for mine, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad, reference.grad)
+
+
+class Poisoned(MetaPPO):
+    """The policy loss of some updates is NaN."""
+
+    poisoned: set[int] = set()
+    updates = 0
+
+    def _policy_loss(self, batch):
+        loss, entropy, log_ratio = super()._policy_loss(batch)
+        self.updates += 1
+        return loss * (float("nan") if self.updates in self.poisoned else 1.0), entropy, log_ratio
+
+
+class Metrics(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        self.last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_a_broken_minibatch_is_skipped_and_counted():
+    class Once(Poisoned):
+        poisoned = {18}
+
+    metrics = Metrics()
+    module = small_run(model=Once, callbacks=[metrics], pairs=3, learners=4, target_kl=1e9)
+    assert metrics.last["gradient/skipped"] == 1
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_an_iteration_without_any_gradient_ends_the_run():
+    class Always(Poisoned):
+        poisoned = set(range(17, 1000))
+
+    with pytest.raises(ConfigError, match=r"no finite gradient of the actor in iteration 1 \(after 320 steps\)"):
+        small_run(model=Always, iterations=4, pairs=3, learners=4, target_kl=1e9)
+
+
+def test_a_dataset_of_broken_numbers_is_never_written(tmp_path):
+    module, _ = prepared("discrete")
+    with torch.no_grad():
+        module.synthetic_batch.targets.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        module.distilled()
