@@ -48,8 +48,17 @@ def sgd_step(forward: Forward, params: Params, observations: Tensor, targets: Te
         # Learners share nothing, so the gradient of the sum holds every learner's own gradient.
         return (outputs - targets).square().flatten(1).mean(1).sum()
 
-    gradients = torch.func.grad(loss)(trainable)
-    return {name: value - learning_rate * gradients[name] for name, value in trainable.items()} | fixed
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # θ₀ is a constant: derivatives of the gradient end at the pairs. (``torch.func.grad`` takes twice as long.)
+        leaves = {name: value.detach().requires_grad_() for name, value in trainable.items()}
+        gradients = torch.autograd.grad(
+            loss(leaves), list(leaves.values()), create_graph=differentiable, materialize_grads=True
+        )
+    return {
+        name: value - learning_rate * gradient
+        for (name, value), gradient in zip(trainable.items(), gradients, strict=True)
+    } | fixed
 
 
 class Policy(nn.Module):
