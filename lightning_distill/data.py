@@ -133,25 +133,14 @@ class Rollouts:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        from torchrl.collectors import Collector
+        from .collector import make_collector
 
         data, module = self.data, self.data.trainer.lightning_module
         # Environments start anew at each (re)start of a run, from a seed of their own for each process and moment.
         seed = stream_seed(module.seed, module.global_rank, int(module.env_steps), 3)
         env = make_env(data.spec, data.num_envs, seed, data.backend, data.threads, module.device)
         module.begin_rollout()  # the collector tries the policy once when it is made
-        self.collector = Collector(
-            env,
-            module.act,
-            frames_per_batch=data.num_envs * data.rollout_length,
-            total_frames=-1,
-            policy_device=module.device,
-            env_device=env.device,
-            storing_device=module.device,
-            trust_policy=True,
-            track_traj_ids=False,
-            use_buffers=False,
-        )
+        self.collector = make_collector(env, module.act, data.rollout_length, module.device)
         try:
             rollouts = iter(self.collector)
             for _ in range(self.length):

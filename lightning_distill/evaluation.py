@@ -216,8 +216,9 @@ class Evaluator:
         while playing.any():
             observation = state["observation"].to(self.device).unflatten(0, (self.learners, self.episodes))
             state["action"] = policy(observation, sample=not greedy).flatten(0, 1).to(env.device)
+            # Only environments that still play are stepped, where the simulator can; what others do does not count.
+            state["_step"] = playing.to(env.device, copy=True)
             step, state = env.step_and_maybe_reset(state)
-            # An environment that has finished goes on with another episode, which does not count.
             returns += step["next", "reward"].squeeze(-1).cpu() * playing
             playing &= ~step["next", "done"].squeeze(-1).cpu()
         return returns.view(self.learners, self.episodes).float()

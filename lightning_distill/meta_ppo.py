@@ -66,8 +66,10 @@ class MetaPPO(PPO):
         target_kl: PositiveFloat = 0.05,
         epochs: PositiveInt = 4,
         minibatches: PositiveInt = 4,
-        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=2.5e-3, eps=1e-5),
-        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-5),
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=2.5e-3, eps=1e-5, fused=True),
+        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(
+            p, lr=1e-3, eps=1e-5, fused=True
+        ),
         log_std: float = -0.5,
         **kwargs: Any,
     ) -> None:

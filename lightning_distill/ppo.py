@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import lightning as L
@@ -141,7 +141,7 @@ class PPO(L.LightningModule):
         self._acting_log_std = self.log_std
 
     @torch.no_grad()
-    def act(self, state: TensorDictBase) -> TensorDictBase:
+    def act(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was."""
         began = time.perf_counter()
         # Not a number would break the sampling of an action; the rollout's check names it soon enough.
@@ -173,7 +173,10 @@ class PPO(L.LightningModule):
         reward, done, terminated = (rollout["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
         observations = self.normalise(rollout["observation"].float())
         value = self.critic(observations).squeeze(-1)
-        next_value = self.critic(self.normalise(rollout["next", "observation"].float())).squeeze(-1)
+        # The next state is the one in the next column, except where an episode or the rollout ends.
+        next_value, last = value.roll(-1, dims=1), done.clone()
+        last[:, -1] = True
+        next_value[last] = self.critic(self.normalise(rollout["next", "observation"][last].float())).squeeze(-1)
         advantage = generalized_advantages(
             self._scaled(reward, done), value, next_value, terminated, done, self.gamma, self.gae_lambda
         )
@@ -216,7 +219,7 @@ class PPO(L.LightningModule):
         stopped = False
         for _ in range(self.epochs):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
-                batch = {name: tensor[:, index] for name, tensor in samples.items()}
+                batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
                 value = self.critic(batch["observation"]).squeeze(-1)
                 value_loss = (value - batch["value_target"]).square().mean()
                 found = {"loss/value": value_loss}

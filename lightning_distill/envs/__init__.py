@@ -196,7 +196,7 @@ def make_env(
         ConfigError: the backend cannot make the environment.
     """
     from .cartpole import DIMENSIONS, CartPole
-    from .vector import EnvPoolSimulator, GymnasiumSimulator, VectorEnv
+    from .vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator, VectorEnv
 
     if backend == "auto" and spec.id in DIMENSIONS and not spec.kwargs:
         return CartPole(DIMENSIONS[spec.id], num_envs, seed, device)
@@ -213,8 +213,8 @@ def make_env(
                 "installed envpool (extra 'fast') lists, without env_kwargs. Otherwise: auto, gymnasium, processes"
             )
         return VectorEnv(spec, num_envs, partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads), seed)
-    simulator = partial(_make, GymnasiumSimulator, spec, num_envs, processes=backend == "processes")
-    return VectorEnv(spec, num_envs, simulator, seed)
+    simulator = ProcessSimulator if backend == "processes" else GymnasiumSimulator
+    return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed)
 
 
 def _make(simulator: Any, spec: EnvSpec, num_envs: int, seed: int, **kwargs: Any) -> Any:

@@ -97,7 +97,7 @@ def make_varied_env(spec: EnvSpec, num_envs: int, seed: int, variation: Variatio
 
     def make(spec: EnvSpec, num_envs: int, seed: int) -> Any:
         simulator = GymnasiumSimulator(spec, num_envs, seed)
-        simulator.envs.envs = tuple(variation.apply(env) for env in simulator.envs.envs)
+        simulator.envs = [variation.apply(env) for env in simulator.envs]
         return simulator
 
     return VectorEnv(spec, num_envs, partial(_make, make, spec, num_envs), seed)

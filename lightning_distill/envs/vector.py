@@ -7,6 +7,7 @@ the terminal observation is kept as ``next.observation`` and no bogus transition
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,31 +18,70 @@ from torchrl.envs import EnvBase
 
 from .spec import EnvSpec
 
+#: Observation, reward, terminated, truncated.
+Results = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 
 class Simulator(Protocol):
-    """What a vectorised simulator offers; arrays have the number of environments as first dimension."""
+    """What a vectorised simulator offers; arrays have the number of environments as first dimension and are its caller's."""
 
     def reset(self, mask: np.ndarray | None) -> np.ndarray:
         """Reset the environments in ``mask`` (None: all); observations of all, of which only the reset ones count."""
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Observation, reward, terminated, truncated."""
+    def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
+        """Step the environments in ``mask`` (None: all), or more; results of all, of which only theirs count.
+
+        Environments that are not in ``mask`` may have finished.
+        """
 
     def close(self) -> None: ...
 
 
 class GymnasiumSimulator:
-    """``gymnasium.vector``: works everywhere, one environment after the other (or one process each, ``processes``)."""
+    """Gymnasium environments one after the other: works everywhere."""
 
-    def __init__(self, spec: EnvSpec, num_envs: int, seed: int, processes: bool = False) -> None:
+    def __init__(self, spec: EnvSpec, num_envs: int, seed: int) -> None:
         import gymnasium
-        from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-        vector = AsyncVectorEnv if processes else SyncVectorEnv
-        self.envs = vector(
+        self.envs = [gymnasium.make(spec.id, disable_env_checker=True, **spec.kwargs) for _ in range(num_envs)]
+        self.seeds: list[int | None] = [seed + i for i in range(num_envs)]
+
+    def _empty_observation(self) -> np.ndarray:
+        space = self.envs[0].observation_space
+        return np.zeros((len(self.envs), *space.shape), space.dtype)
+
+    def _chosen(self, mask: np.ndarray | None) -> Sequence[int]:
+        return range(len(self.envs)) if mask is None else np.flatnonzero(mask)
+
+    def reset(self, mask: np.ndarray | None) -> np.ndarray:
+        observation = self._empty_observation()
+        for i in self._chosen(mask):
+            observation[i], _ = self.envs[i].reset(seed=self.seeds[i])
+            self.seeds[i] = None
+        return observation
+
+    def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
+        observation, reward = self._empty_observation(), np.zeros(len(self.envs))
+        terminated, truncated = np.zeros((2, len(self.envs)), dtype=bool)
+        for i in self._chosen(mask):
+            observation[i], reward[i], terminated[i], truncated[i], _ = self.envs[i].step(action[i])
+        return observation, reward, terminated, truncated
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+class ProcessSimulator:
+    """Gymnasium environments in a process each."""
+
+    def __init__(self, spec: EnvSpec, num_envs: int, seed: int) -> None:
+        import gymnasium
+        from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+
+        self.envs = AsyncVectorEnv(
             [lambda: gymnasium.make(spec.id, disable_env_checker=True, **spec.kwargs)] * num_envs,
             autoreset_mode=AutoresetMode.DISABLED,
-            copy=False,
         )
         self.seed: int | None = seed
 
@@ -51,8 +91,12 @@ class GymnasiumSimulator:
         self.seed = None
         return observation
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        return self.envs.step(action)[:4]
+    def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
+        observation, reward, terminated, truncated = self.envs.step(action)[:4]
+        # All processes step or none, so those not in the mask play on, unseen.
+        if mask is not None and (unseen := (terminated | truncated) & ~mask).any():
+            self.reset(unseen)
+        return observation, reward, terminated, truncated
 
     def close(self) -> None:
         self.envs.close()
@@ -68,16 +112,21 @@ class EnvPoolSimulator:
             spec.id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **spec.kwargs
         )
 
+    def _of_all(self, partial: np.ndarray, info: dict[str, np.ndarray]) -> np.ndarray:
+        whole = np.zeros((len(self.envs), *partial.shape[1:]), partial.dtype)
+        whole[info["env_id"]] = partial
+        return whole
+
     def reset(self, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
             return self.envs.reset()[0]
-        partial, info = self.envs.reset(np.flatnonzero(mask).astype(np.int32))
-        observation = np.zeros((len(mask), *partial.shape[1:]), partial.dtype)
-        observation[info["env_id"]] = partial
-        return observation
+        return self._of_all(*self.envs.reset(np.flatnonzero(mask).astype(np.int32)))
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        return self.envs.step(action)[:4]
+    def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
+        if mask is None:
+            return self.envs.step(action)[:4]
+        *partial, info = self.envs.step(action[mask], np.flatnonzero(mask).astype(np.int32))
+        return tuple(self._of_all(part, info) for part in partial)
 
     def close(self) -> None:
         self.envs.close()
@@ -93,7 +142,10 @@ class VectorEnv(EnvBase):
         seed: environment i starts from seed + i.
     """
 
-    def __init__(self, spec: EnvSpec, num_envs: int, make_simulator: Any, seed: int) -> None:
+    #: The present observation [N, *obs], float32; each step and reset makes a new tensor.
+    observation: torch.Tensor
+
+    def __init__(self, spec: EnvSpec, num_envs: int, make_simulator: Callable[[int], Simulator], seed: int) -> None:
         super().__init__(device="cpu", batch_size=[num_envs])
         batch = (num_envs,)
         self.spec_, self.make_simulator, self.simulator = spec, make_simulator, None
@@ -101,9 +153,8 @@ class VectorEnv(EnvBase):
         if spec.action_type == "discrete":
             self.action_spec = Categorical(spec.actions, shape=batch, dtype=torch.int64)
         else:
-            self.low = np.asarray(spec.action_low, dtype=np.float32)
-            self.high = np.asarray(spec.action_high, dtype=np.float32)
-            low, high = (torch.from_numpy(bound).expand(*batch, -1) for bound in (self.low, self.high))
+            self.bounds = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
+            low, high = (bound.expand(*batch, -1) for bound in self.bounds)
             self.action_spec = Bounded(low, high, shape=(*batch, spec.actions))
         self.reward_spec = Unbounded((*batch, 1))
         flag = Binary(1, shape=(*batch, 1), dtype=torch.bool)
@@ -123,32 +174,53 @@ class VectorEnv(EnvBase):
         super().close(**kwargs)
         self.close_simulator()
 
-    def _flags(self, terminated: np.ndarray, truncated: np.ndarray) -> dict[str, torch.Tensor]:
-        terminated, truncated = (torch.tensor(flag).unsqueeze(-1) for flag in (terminated, truncated))
-        return {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+    # --- arrays, for who steps many times ----------------------------------------------------------------------------
+
+    def advance(self, action: torch.Tensor, mask: np.ndarray | None = None) -> Results:
+        """Step the environments in ``mask`` (None: all) by actions [N] or [N, d]; ``observation`` follows."""
+        if self.spec_.action_type == "continuous":
+            action = action.clamp(*self.bounds)
+        observation, reward, terminated, truncated = self.simulator.step(action.numpy(), mask)
+        observation = observation.astype(np.float32)
+        self.observation = torch.from_numpy(observation)
+        return observation, reward, terminated, truncated
+
+    def restart(self, mask: np.ndarray | None) -> None:
+        """Reset the environments in ``mask`` (None: all); ``observation`` follows."""
+        observation = torch.from_numpy(self.simulator.reset(mask)).float()
+        if mask is not None:
+            chosen = torch.from_numpy(mask).view(-1, *[1] * (observation.dim() - 1))
+            observation = torch.where(chosen, observation, self.observation)
+        self.observation = observation
+
+    # --- TorchRL -----------------------------------------------------------------------------------------------------
 
     def _reset(self, tensordict: TensorDictBase | None) -> TensorDict:
         mask = tensordict.get("_reset", None) if tensordict is not None else None
-        observation = self.simulator.reset(None if mask is None else mask.squeeze(-1).numpy())
-        observation = torch.tensor(observation, dtype=torch.float32)
-        if mask is not None:
-            mask = mask.view(-1, *[1] * (observation.dim() - 1))
-            observation = torch.where(mask, observation, self.observation)
-        self.observation = observation
-        never = np.zeros(self.batch_size, dtype=bool)
-        return TensorDict({"observation": observation, **self._flags(never, never)}, batch_size=self.batch_size)
+        self.restart(None if mask is None else mask.squeeze(-1).numpy())
+        never = torch.zeros(self.batch_size, dtype=torch.bool)
+        return TensorDict({"observation": self.observation, **flags(never, never)}, self.batch_size)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        action = tensordict["action"].numpy()
-        if self.spec_.action_type == "continuous":
-            action = np.clip(action, self.low, self.high)
-        observation, reward, terminated, truncated = self.simulator.step(action)
-        self.observation = torch.tensor(observation, dtype=torch.float32)
-        return TensorDict(
-            {
-                "observation": self.observation,
-                "reward": torch.tensor(reward, dtype=torch.float32).unsqueeze(-1),
-                **self._flags(terminated, truncated),
-            },
-            batch_size=self.batch_size,
-        )
+        mask = tensordict.get("_step", None)
+        mask = None if mask is None else mask.view(-1).numpy()
+        observation, *results = self.advance(tensordict["action"], mask)
+        if mask is not None:
+            # Who was not stepped earned nothing and has not finished.
+            results = [part * mask for part in results]
+        return following(observation, *results)
+
+
+def flags(terminated: torch.Tensor, truncated: torch.Tensor) -> dict[str, torch.Tensor]:
+    """TorchRL's three flags [..., 1] of [...]."""
+    ends = {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+    return {name: flag.unsqueeze(-1) for name, flag in ends.items()}
+
+
+def following(*results: np.ndarray) -> TensorDict:
+    """TorchRL's ``next`` of arrays [*batch, …]: observation, reward, terminated, truncated."""
+    observation, reward, terminated, truncated = (torch.from_numpy(np.ascontiguousarray(part)) for part in results)
+    return TensorDict(
+        {"observation": observation, "reward": reward.float().unsqueeze(-1), **flags(terminated, truncated)},
+        reward.shape,
+    )
