@@ -14,6 +14,7 @@ from .dataset import DatasetError, DistilledDataset, load
 from .envs.spec import ConfigError, EnvSpec
 from .envs.variations import Variation
 from .learners import MLP, LearnerFamily, ModuleFamily
+from .nature import NatureCNN
 from .teaching import Policy, StackedPolicy, teach, teach_many
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "LearnerFamily",
     "MetaPPO",
     "ModuleFamily",
+    "NatureCNN",
     "Policy",
     "StackedPolicy",
     "Variation",

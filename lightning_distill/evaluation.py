@@ -23,6 +23,7 @@ from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_threads, stream_seed
 from .envs.variations import Variation, make_varied_env
 from .learners import LearnerFamily, family_from
+from .nature import FRAMES
 from .teaching import StackedPolicy, keep_random_state, teach_many
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class Evaluator:
             if taught:
                 policy = teach_many(family, dataset, self.learners, device=self.device)
             else:
-                fresh = family.draw(self.learners, dataset.observation_shape, dataset.outputs, self.device)
+                fresh = family.draw(self.learners, dataset.learner_shape, dataset.outputs, self.device)
                 policy = StackedPolicy(family.forward, fresh, dataset.to(self.device))
             env = self._env(stream_seed(seed, 2, evaluation=True))
             with simulator_threads(env):
@@ -212,9 +213,10 @@ def trained_family(dataset: DistilledDataset) -> LearnerFamily:
     """The (first) family that the dataset was distilled with; the paper's where the dataset does not say.
 
     Raises:
-        ConfigError: it was no MLP. A file cannot name code that is then run, so that family has to be given.
+        ConfigError: it was none of this package. A file cannot name code that is then run, so that family has to be given.
     """
-    described = dataset.metadata.get("learners") or [{"class_path": "lightning_distill.MLP"}]
+    paper = "NatureCNN" if dataset.observation_shape == FRAMES else "MLP"
+    described = dataset.metadata.get("learners") or [{"class_path": f"lightning_distill.{paper}"}]
     try:
         return family_from(described[0])
     except (ValueError, TypeError, AttributeError, KeyError) as error:

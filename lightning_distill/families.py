@@ -9,6 +9,7 @@ from typing import Any
 
 from .envs.spec import ConfigError
 from .learners import MLP, LearnerFamily, ModuleFamily
+from .nature import FRAME_FAMILIES
 
 #: Name → arguments of ``MLP``; what a name does not say is as in the paper's learner.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family_named(name: str) -> LearnerFamily:
-    """The family of a name in ``FAMILIES``, or what a class path ``package.module.Name`` names.
+    """The family of a name in ``FAMILIES`` or ``FRAME_FAMILIES``, or what a class path ``package.module.Name`` names.
 
     That may be a ``LearnerFamily`` (or a class of them, made without arguments), or what makes an ``nn.Module`` when
     called as ``factory(observation_shape, outputs)``. Modules of the working directory are found too.
@@ -42,10 +43,12 @@ def family_named(name: str) -> LearnerFamily:
     """
     if name in FAMILIES:
         return MLP(**FAMILIES[name])
+    if name in FRAME_FAMILIES:
+        return FRAME_FAMILIES[name]()
     module, _, attribute = name.rpartition(".")
     if not module:
         raise ConfigError(
-            f"family={name!r}: allowed are {', '.join(FAMILIES)}, and class paths (package.module.Name) of a "
+            f"family={name!r}: allowed are {', '.join((*FAMILIES, *FRAME_FAMILIES))}, and class paths (package.module.Name) of a "
             "LearnerFamily or of what makes an nn.Module from (observation_shape, outputs)"
         )
     if os.getcwd() not in sys.path:

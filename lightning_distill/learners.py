@@ -226,15 +226,18 @@ def _shapes(params: Params) -> frozenset:
 
 
 def family_from(description: Mapping[str, Any]) -> LearnerFamily:
-    """The family that ``describe`` described. Of a file's words only ``lightning_distill.MLP`` is built, nothing imported.
+    """The family that ``describe`` described. Of a file's words only this package's families are built, nothing imported.
 
     Raises:
         ValueError: any other class, or arguments it does not take.
     """
+    from .nature import NatureCNN
+
     path, arguments = description.get("class_path"), description.get("init_args", {})
-    if path != "lightning_distill.MLP":
-        raise ValueError(f"class_path={path!r}: from a description only 'lightning_distill.MLP' is built")
+    built = {f"lightning_distill.{family.__name__}": family for family in (MLP, NatureCNN)}
+    if path not in built:
+        raise ValueError(f"class_path={path!r}: from a description only {' and '.join(built)} are built")
     try:
-        return MLP(**arguments)
+        return built[path](**arguments)
     except TypeError as error:
-        raise ValueError(f"init_args={arguments!r}: not accepted by MLP ({error})") from None
+        raise ValueError(f"init_args={arguments!r}: not accepted by {path} ({error})") from None

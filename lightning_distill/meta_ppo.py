@@ -36,6 +36,7 @@ class MetaPPO(PPO):
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
         learning_rate: initial step size η of the one step, per output dimension.
+        encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
 
@@ -47,12 +48,17 @@ class MetaPPO(PPO):
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
         learning_rate: PositiveFloat = 0.3,
+        encoded_pairs: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value in (("pairs", pairs), ("learners", learners)):
             if value < 1:
                 raise ConfigError(f"model.{name}={value}: allowed are integers ≥ 1")
-        self._learners = learners
+        if encoded_pairs and not kwargs.get("encoder_level"):
+            raise ConfigError(
+                "model.encoded_pairs=true with model.encoder_level=0: allowed with an encoder, levels 1 … 4"
+            )
+        self._learners, self.encoded_pairs = learners, encoded_pairs
         self._initial = {
             "pairs": pairs,
             "observation_scale": observation_scale,
@@ -71,14 +77,16 @@ class MetaPPO(PPO):
         return self._learners
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
-        return SyntheticBatch(self.spec, **self._initial, log_std=log_std, log_std_min=log_std_min)
+        shape = self.learner_shape if self.encoded_pairs else self.spec.observation_shape
+        return SyntheticBatch(self.spec, shape, **self._initial, log_std=log_std, log_std_min=log_std_min)
 
     def draw(self) -> None:
-        self._fresh = self.family.draw(self.learners, self.spec.observation_shape, self.spec.actions, self.device)
+        self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
 
     def policy_params(self) -> Params:
         batch = self.synthetic_batch
-        return sgd_step(self.family.forward, self._fresh, batch.observations, batch.targets, batch.learning_rate)
+        inputs = batch.observations if self.encoded_pairs else self.encoder(batch.observations)
+        return sgd_step(self.family.forward, self._fresh, inputs, batch.targets, batch.learning_rate)
 
     def actor_metrics(self) -> dict[str, Tensor]:
         return {**super().actor_metrics(), "learning_rate": self.synthetic_batch.learning_rate.detach()}
@@ -99,12 +107,14 @@ class MetaPPO(PPO):
             tensors["log_std"] = self.log_std
         return DistilledDataset(
             **{name: tensor.detach().float().clone() for name, tensor in tensors.items()},
+            encoder={name: value.detach().contiguous().clone() for name, value in self.encoder.state_dict().items()},
             env=self.spec.id,
             action_type=self.spec.action_type,
             observation_clip=OBSERVATION_CLIP,
             metadata={
                 "env_kwargs": self.spec.kwargs,
                 "learners": [self.family.describe()],
+                "encoder_level": str(self.encoder_level),
                 "env_steps": int(self.env_steps),
                 "seed": self.seed,
                 "versions": {name: version(name) for name in ("lightning-distill", "torch", "gymnasium", "mujoco")},

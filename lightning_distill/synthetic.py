@@ -15,7 +15,8 @@ class SyntheticBatch(nn.Module):
     """n learnable (observation, target) pairs, the step size, and the taught policy's log standard deviation.
 
     Args:
-        spec: gives the shapes, and the range of continuous actions that the initial noise is a share of.
+        spec: gives the targets' shape, and the range of continuous actions that the initial noise is a share of.
+        shape: of one synthetic observation.
         pairs: n.
         observation_scale, target_scale: standard deviation of the normal initial values.
         learning_rate: initial step size η per output dimension. The loss is a mean over dimensions, so the step
@@ -26,6 +27,7 @@ class SyntheticBatch(nn.Module):
     def __init__(
         self,
         spec: EnvSpec,
+        shape: tuple[int, ...],
         pairs: int,
         observation_scale: float = 0.5,
         target_scale: float = 0.5,
@@ -34,7 +36,7 @@ class SyntheticBatch(nn.Module):
         log_std_min: float = -3.0,
     ) -> None:
         super().__init__()
-        self.observations = nn.Parameter(torch.randn(pairs, *spec.observation_shape) * observation_scale)
+        self.observations = nn.Parameter(torch.randn(pairs, *shape) * observation_scale)
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
         # The logarithm is learned: the step size stays positive.
         self.log_learning_rate = nn.Parameter(torch.tensor(math.log(learning_rate * spec.actions)))

@@ -53,12 +53,14 @@ def sgd_step(forward: Forward, params: Params, observations: Tensor, targets: Te
 
 
 class Policy(nn.Module):
-    """A taught module that acts: normalises an observation, runs the module, returns an action.
+    """A taught module that acts: normalises an observation, encodes it, runs the module, returns an action.
 
-    Its ``state_dict`` holds the taught module's under ``module.``, and the normaliser and log standard deviation.
+    Its ``state_dict`` holds the taught module's under ``module.``, the encoder's, the normaliser and the log standard
+    deviation.
 
     Args:
-        module: the taught module, fed normalised observations; in evaluation mode it is the function that was taught.
+        module: the taught module, fed normalised observations, or what the dataset's encoder makes of them; in evaluation
+            mode it is the function that was taught.
         dataset: supplies the normaliser, the kind of action and the log standard deviation.
     """
 
@@ -69,6 +71,7 @@ class Policy(nn.Module):
         super().__init__()
         self.module, self.action_type = module, dataset.action_type
         self.observation_clip = dataset.observation_clip
+        self.encoder = dataset.make_encoder()
         self.register_buffer("observation_mean", dataset.observation_mean.clone())
         self.register_buffer("observation_std", dataset.observation_std.clone())
         self.register_buffer("log_std", None if dataset.log_std is None else dataset.log_std.clone())
@@ -101,7 +104,7 @@ class Policy(nn.Module):
             given = observation
         batch, single = self._as_batch(given.to(mean.device, mean.dtype))
         inputs = normalise(batch, mean, self.observation_std, self.observation_clip)
-        output = self.module(inputs.to(_floating(self.module).dtype)).float()
+        output = self.module(self.encoder(inputs).to(_floating(self.module).dtype)).float()
         action = self._sampled(output, generator) if sample else self._greedy(output)
         action = action.squeeze(len(self.leading)) if single else action
         # [()] makes a scalar of an array without dimensions, as environments expect.
@@ -184,8 +187,9 @@ def teach(
     shared ones move once. Neither random state nor ``.grad`` changes.
 
     Args:
-        module: maps normalised observations [B, *obs] to logits or action means [B, d]; any architecture, on any one
-            device, of any floating dtype.
+        module: maps normalised observations [B, *obs], or the features of the dataset's encoder ([B,
+            *dataset.learner_shape]), to logits or action means [B, d]; any architecture, on any one device, of any
+            floating dtype.
         dataset: from :func:`lightning_distill.load`.
         in_place: change the caller's module, and leave it in evaluation mode; by default a copy is taught.
         log_std: name of the module's own log standard deviation, [d] or [1, d], which is set to the dataset's after the
@@ -240,7 +244,7 @@ def teach_many(
             if learners is None or learners < 1:
                 raise ValueError(f"learners={learners}: how many to draw of the family, an integer ≥ 1")
             forward = family.forward
-            params = family.draw(learners, dataset.observation_shape, dataset.outputs, device)
+            params = family.draw(learners, dataset.learner_shape, dataset.outputs, device)
         else:
             if learners is not None or not family:
                 raise ValueError(f"learners={learners} with {len(family)} modules: allowed is None with 1 or more")
@@ -250,7 +254,7 @@ def teach_many(
         if like is None:
             raise ValueError("learners have no trainable parameter: one step cannot teach them")
         # Copies: of a tensor made in inference mode nothing can be differentiated.
-        tensors = (dataset.observations, dataset.targets, dataset.learning_rate)
+        tensors = (dataset.learner_inputs(), dataset.targets, dataset.learning_rate)
         pairs = [tensor.to(like, copy=True) for tensor in tensors]
         with _accepting(dataset), keep_random_state(like.device):
             taught = sgd_step(forward, params, *pairs)
@@ -267,8 +271,6 @@ def _copied(module: nn.Module) -> nn.Module:
 def _check_plain(dataset: DistilledDataset) -> None:
     if dataset.step_rule != "sgd":
         raise ValueError(f"step_rule={dataset.step_rule!r}: only the plain step, 'sgd', is taught by this version")
-    if dataset.encoder_level:
-        raise ValueError(f"encoder_level={dataset.encoder_level}: this version teaches without an encoder, level 0")
 
 
 def _gradients(module: nn.Module, dataset: DistilledDataset) -> list[tuple[nn.Parameter, Tensor]]:
@@ -278,7 +280,7 @@ def _gradients(module: nn.Module, dataset: DistilledDataset) -> list[tuple[nn.Pa
         raise ValueError("module has no trainable parameter: one step cannot teach it")
     like = parameters[0]
     # A copy: of a tensor made in inference mode nothing can be differentiated.
-    observations = dataset.observations.to(like.device, like.dtype, copy=True)
+    observations = dataset.learner_inputs().to(like.device, like.dtype, copy=True)
     with keep_random_state(like.device):
         with _accepting(dataset):
             outputs = module(observations)
@@ -330,7 +332,7 @@ def _accepting(dataset: DistilledDataset) -> Iterator[None]:
     except _WrongOutputs:
         raise
     except Exception as error:  # somebody else's module may raise anything
-        shape = list(dataset.observations.shape)
+        shape = [dataset.pairs, *dataset.learner_shape]
         raise ValueError(f"module does not accept observations of shape {shape}: {error}") from error
 
 

@@ -431,7 +431,7 @@ def test_stacks_that_do_not_fit():
     ("changes", "match"),
     [
         ({"metadata": {"step_rule": "newton"}}, r"step_rule='newton': only the plain step"),
-        ({"metadata": {"encoder_level": 1}, "encoder": {"bias": torch.ones(1)}}, r"encoder_level=1"),
+        ({"metadata": {"encoder_level": 1}, "encoder": {"bias": torch.ones(1)}}, r"encoder of level 1: holds bias"),
     ],
 )
 def test_what_a_dataset_may_ask_for_in_vain(changes, match):

@@ -84,7 +84,7 @@ class EnvPoolSimulator:
 
 
 class VectorEnv(EnvBase):
-    """A batch of environments behind one ``Simulator``; observations float32, actions clipped to the action space.
+    """A batch of environments behind one ``Simulator``; observations as the spec says, actions clipped to their space.
 
     Args:
         spec: the environment.
@@ -97,7 +97,9 @@ class VectorEnv(EnvBase):
         super().__init__(device="cpu", batch_size=[num_envs])
         batch = (num_envs,)
         self.spec_, self.make_simulator, self.simulator = spec, make_simulator, None
-        self.observation_spec = Composite(observation=Unbounded((*batch, *spec.observation_shape)), shape=batch)
+        self.observation_dtype = getattr(torch, spec.observation_dtype)
+        observation = Unbounded((*batch, *spec.observation_shape), dtype=self.observation_dtype)
+        self.observation_spec = Composite(observation=observation, shape=batch)
         if spec.action_type == "discrete":
             self.action_spec = Categorical(spec.actions, shape=batch, dtype=torch.int64)
         else:
@@ -130,7 +132,7 @@ class VectorEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None) -> TensorDict:
         mask = tensordict.get("_reset", None) if tensordict is not None else None
         observation = self.simulator.reset(None if mask is None else mask.squeeze(-1).numpy())
-        observation = torch.tensor(observation, dtype=torch.float32)
+        observation = torch.tensor(observation, dtype=self.observation_dtype)
         if mask is not None:
             mask = mask.view(-1, *[1] * (observation.dim() - 1))
             observation = torch.where(mask, observation, self.observation)
@@ -143,7 +145,7 @@ class VectorEnv(EnvBase):
         if self.spec_.action_type == "continuous":
             action = np.clip(action, self.low, self.high)
         observation, reward, terminated, truncated = self.simulator.step(action)
-        self.observation = torch.tensor(observation, dtype=torch.float32)
+        self.observation = torch.tensor(observation, dtype=self.observation_dtype)
         return TensorDict(
             {
                 "observation": self.observation,
