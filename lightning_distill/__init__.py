@@ -15,6 +15,7 @@ from .envs.spec import ConfigError, EnvSpec
 from .envs.variations import Variation
 from .learners import MLP, LearnerFamily, ModuleFamily
 from .mixtures import Mixture, MLPs
+from .nature import NatureCNN
 from .teaching import Policy, StackedPolicy, teach, teach_many
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "MetaPPO",
     "Mixture",
     "ModuleFamily",
+    "NatureCNN",
     "PPO",
     "Policy",
     "StackedPolicy",

@@ -138,7 +138,7 @@ class Rollouts:
         data, module = self.data, self.data.trainer.lightning_module
         # Environments start anew at each (re)start of a run, from a seed of their own for each process and moment.
         seed = stream_seed(module.seed, module.global_rank, int(module.env_steps), 3)
-        env = make_env(data.spec, data.num_envs, seed, data.backend, data.threads, module.device)
+        env = make_env(data.spec, data.num_envs, seed, data.backend, data.threads, module.device, True)
         module.begin_rollout()  # the collector tries the policy once when it is made
         self.collector = make_collector(env, module.act, data.rollout_length, module.device)
         try:

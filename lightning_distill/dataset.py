@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 FORMAT = "1"
@@ -53,7 +53,8 @@ class DistilledDataset:
     """n synthetic (observation, target) pairs and all that a stranger needs to teach from them and act.
 
     Attributes:
-        observations: [n, *obs], already normalised: learners are fed them as they are.
+        observations: [n, *obs], already normalised: learners are fed them as they are, or as the encoder returns them.
+            With an encoder they may also be what it returns, [n, *features]; then it is not applied to them again.
         targets: [n, d], logits (discrete) or action means in the environment's units (continuous).
         learning_rate: scalar η of the one SGD step.
         observation_mean, observation_std: [*obs]; an environment's observation s is fed to the policy as
@@ -112,7 +113,9 @@ class DistilledDataset:
         _require(d >= 1, f"targets: shape {[n, d]}, expected at least one output")
         _require(len(self.observations) == n, f"observations: {len(self.observations)} rows, but targets has {n}")
         scalars = ("learning_rate", "line_search_scale", "newton_ridge", "projection_step")
-        expected = {"log_std": [d], "observation_mean": shape[1:], "observation_std": shape[1:]}
+        # Pairs that an encoder has encoded already have another shape than what the environment shows.
+        shown = list(self.observation_mean.shape) if self.encoder else shape[1:]
+        expected = {"log_std": [d], "observation_mean": shown, "observation_std": shown}
         for name, value in self._tensors().items():
             if name in scalars or name in expected:
                 wanted = expected.get(name, [])
@@ -148,7 +151,18 @@ class DistilledDataset:
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
-        return tuple(self.observations.shape[1:])
+        """Of what the environment shows."""
+        return tuple(self.observation_mean.shape)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the pairs are features of the encoder already, rather than what the environment shows."""
+        return self.observations.shape[1:] != self.observation_mean.shape
+
+    @property
+    def learner_shape(self) -> tuple[int, ...]:
+        """Of what a learner is fed: the observation's, or with an encoder that of its features."""
+        return tuple(self.learner_inputs().shape[1:])
 
     @property
     def outputs(self) -> int:
@@ -190,6 +204,23 @@ class DistilledDataset:
     def normalise(self, observations: Tensor) -> Tensor:
         """An environment's observations [..., *obs] as the policy is fed them."""
         return normalise(observations, self.observation_mean, self.observation_std, self.observation_clip)
+
+    def make_encoder(self) -> nn.Module:
+        """What stands between normaliser and learner, frozen: [..., *obs] → [..., *features]; at level 0 the identity.
+
+        Raises:
+            ValueError: the encoder is not the first layers of a Nature CNN.
+        """
+        from .nature import encoder_from
+
+        return encoder_from(self.encoder)
+
+    def learner_inputs(self) -> Tensor:
+        """The pairs' inputs as learners are fed them, [n, *features]: without an encoder, ``observations``."""
+        if self.encoded:
+            return self.observations
+        with torch.no_grad():
+            return self.make_encoder()(self.observations)
 
     def to(self, device: torch.device | str) -> DistilledDataset:
         """The same dataset with its tensors on a device."""

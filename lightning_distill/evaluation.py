@@ -24,6 +24,7 @@ from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_t
 from .envs.variations import Variation, make_varied_env
 from .families import family_from
 from .learners import LearnerFamily
+from .nature import FRAMES
 from .teaching import StackedPolicy, keep_random_state, teach_many, with_line_search
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Evaluator:
         def draw() -> StackedPolicy:
             if taught:
                 return teach_many(family, dataset, self.learners, step_rule, device=self.device)
-            fresh = family.draw(self.learners, dataset.observation_shape, dataset.outputs, self.device)
+            fresh = family.draw(self.learners, dataset.learner_shape, dataset.outputs, self.device)
             return StackedPolicy(family.forward, fresh, dataset.to(self.device))
 
         return self.play(draw, greedy, seed)
@@ -239,9 +240,10 @@ def trained_family(dataset: DistilledDataset) -> LearnerFamily:
     """The (first) family that the dataset was distilled with; the paper's where the dataset does not say.
 
     Raises:
-        ConfigError: it was no MLP. A file cannot name code that is then run, so that family has to be given.
+        ConfigError: it was none of this package. A file cannot name code that is then run, so that family has to be given.
     """
-    described = dataset.metadata.get("learners") or [{"class_path": "lightning_distill.MLP"}]
+    paper = "NatureCNN" if dataset.observation_shape == FRAMES else "MLP"
+    described = dataset.metadata.get("learners") or [{"class_path": f"lightning_distill.{paper}"}]
     try:
         return family_from(described[0])
     except (ValueError, TypeError, AttributeError, KeyError) as error:

@@ -9,6 +9,7 @@ from . import architectures
 from .envs.spec import ConfigError
 from .learners import MLP, LearnerFamily, ModuleFamily
 from .mixtures import Mixture, MLPs, members
+from .nature import FRAME_FAMILIES, NatureCNN
 
 #: What a name does not say is as in the paper's learner, MLP 64-64 tanh, orthogonal.
 FAMILIES: dict[str, LearnerFamily] = {
@@ -69,7 +70,7 @@ TRAINED_ON = " (trained on)"
 
 
 def family_named(name: str) -> LearnerFamily:
-    """The family of a name in ``FAMILIES``, or what a class path ``package.module.Name`` names.
+    """The family of a name in ``FAMILIES`` or ``FRAME_FAMILIES``, or what a class path ``package.module.Name`` names.
 
     That may be a ``LearnerFamily`` (or a class of them, made without arguments), or what makes an ``nn.Module`` when
     called as ``factory(observation_shape, outputs)``.
@@ -79,10 +80,12 @@ def family_named(name: str) -> LearnerFamily:
     """
     if name in FAMILIES:
         return FAMILIES[name]
+    if name in FRAME_FAMILIES:
+        return FRAME_FAMILIES[name]()
     module, _, attribute = name.rpartition(".")
     if not module:
         raise ConfigError(
-            f"family={name!r}: allowed are {', '.join(FAMILIES)}, and class paths (package.module.Name) of a "
+            f"family={name!r}: allowed are {', '.join((*FAMILIES, *FRAME_FAMILIES))}, and class paths (package.module.Name) of a "
             "LearnerFamily or of what makes an nn.Module from (observation_shape, outputs)"
         )
     try:
@@ -122,6 +125,8 @@ def family_from(description: Any) -> LearnerFamily:
     try:
         if path == "lightning_distill.MLP":
             return MLP(**arguments)
+        if path == "lightning_distill.NatureCNN":
+            return NatureCNN(**arguments)
         if path == "lightning_distill.MLPs":
             return MLPs(**arguments)
         if path == "lightning_distill.Mixture":

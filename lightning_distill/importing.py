@@ -23,13 +23,13 @@ from .dataset import DatasetError, DistilledDataset
 from .envs import env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import check_matches, trained_family
 from .learners import MLP
+from .nature import FRAMES, WHITE, NatureCNN
 from .normalise import RunningMoments
 from .teaching import keep_random_state, teach_many
 
 DISCRETE, CONTINUOUS = ("x", "y", "inner_lr"), ("x", "y_mean", "y_logstd", "inner_lr")
 #: Layers of the encoder by their names in ``nn.Sequential`` (Mnih et al. 2015): three convolutions, one linear.
 ENCODER_LAYERS = {"0": [32, 4, 8, 8], "2": [64, 32, 4, 4], "4": [64, 64, 3, 3], "7": [512, 3136]}
-FRAMES = (4, 84, 84)
 #: Fresh learners whose observations an estimated normaliser is made of.
 LEARNERS = 16
 
@@ -69,7 +69,7 @@ def import_released(
             targets=targets,
             learning_rate=rate.reshape(()) if rate.numel() == 1 else rate,
             observation_mean=torch.zeros(shape),
-            observation_std=torch.full(shape, 255.0 if shape == FRAMES else 1.0),
+            observation_std=torch.full(shape, WHITE if shape == FRAMES else 1.0),
             log_std=log_std,
             encoder=layers,
             env=env,
@@ -78,14 +78,11 @@ def import_released(
                 "encoder_level": str(len(layers) // 2),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            | ({} if shape == FRAMES else {"learners": [MLP().describe()]}),
+            | {"learners": [(NatureCNN() if shape == FRAMES else MLP()).describe()]},
         )
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from None
-    spec = env_spec(env)
-    if shape == FRAMES and env.startswith("ALE/"):  # games are played in stacks of frames, whatever the id observes
-        spec = dataclasses.replace(spec, observation_shape=FRAMES)
-    check_matches(dataset, spec)
+    check_matches(dataset, env_spec(env))
     return dataset
 
 

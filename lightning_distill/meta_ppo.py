@@ -48,6 +48,7 @@ class MetaPPO(PPO):
         newton_ridge: initial λ of ``newton`` and ``projection``.
         projection_step: initial κ of ``projection``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
+        encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
 
@@ -71,6 +72,7 @@ class MetaPPO(PPO):
             p, lr=1e-3, eps=1e-5, fused=True
         ),
         log_std: float = -0.5,
+        encoded_pairs: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value in (("pairs", pairs), ("learners", learners)):
@@ -78,7 +80,11 @@ class MetaPPO(PPO):
                 raise ConfigError(f"model.{name}={value}: allowed are integers ≥ 1")
         if step_rule not in STEP_RULES:
             raise ConfigError(f"model.step_rule={step_rule!r}: allowed are {', '.join(STEP_RULES)}")
-        self._learners, self.step_rule = learners, step_rule
+        if encoded_pairs and not kwargs.get("encoder_level"):
+            raise ConfigError(
+                "model.encoded_pairs=true with model.encoder_level=0: allowed with an encoder, levels 1 … 4"
+            )
+        self._learners, self.step_rule, self.encoded_pairs = learners, step_rule, encoded_pairs
         self._numbers = {
             "learning_rate": learning_rate,
             "line_search_scale": line_search_scale,
@@ -108,15 +114,19 @@ class MetaPPO(PPO):
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         initial = self._numbers | {"learning_rate": self._numbers["learning_rate"] * self.spec.actions}
         numbers = {name: initial[name] for name in STEP_RULES[self.step_rule].numbers}
-        return SyntheticBatch(self.spec, numbers=numbers, **self._initial, log_std=log_std, log_std_min=log_std_min)
+        shape = self.learner_shape if self.encoded_pairs else self.spec.observation_shape
+        return SyntheticBatch(
+            self.spec, shape, numbers=numbers, **self._initial, log_std=log_std, log_std_min=log_std_min
+        )
 
     def draw(self) -> None:
-        self._fresh = self.family.draw(self.learners, self.spec.observation_shape, self.spec.actions, self.device)
+        self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
 
     def policy_params(self) -> Params:
         batch = self.synthetic_batch
+        inputs = batch.observations if self.encoded_pairs else self.encoder(batch.observations)
         rule = STEP_RULES[self.step_rule]
-        return rule(self.family, self._fresh, batch.observations, batch.targets, *batch.numbers.values())
+        return rule(self.family, self._fresh, inputs, batch.targets, *batch.numbers.values())
 
     def actor_metrics(self) -> dict[str, Tensor]:
         numbers = {name: number.detach() for name, number in self.synthetic_batch.numbers.items()}
@@ -155,6 +165,7 @@ class MetaPPO(PPO):
             tensors["log_std"] = self.log_std
         dataset = DistilledDataset(
             **{name: tensor.detach().float().clone() for name, tensor in tensors.items()},
+            encoder={name: value.detach().contiguous().clone() for name, value in self.encoder.state_dict().items()},
             env=self.spec.id,
             action_type=self.spec.action_type,
             observation_clip=OBSERVATION_CLIP,
@@ -162,6 +173,7 @@ class MetaPPO(PPO):
                 "env_kwargs": self.spec.kwargs,
                 "learners": [self.family.describe()],
                 "step_rule": self.step_rule,
+                "encoder_level": str(self.encoder_level),
                 "env_steps": int(self.env_steps),
                 "seed": self.seed,
                 "versions": versions(),

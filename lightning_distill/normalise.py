@@ -7,6 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .nature import FRAMES, WHITE
+
+
+class FrameScale(nn.Module):
+    """The fixed normaliser of frames of bytes, in place of running moments: mean 0, standard deviation 255."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(FRAMES), persistent=False)
+        self.register_buffer("std", torch.full(FRAMES, WHITE), persistent=False)
+
+    def update(self, values: Tensor, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
+        """Nothing: what a byte means is known."""
+
 
 class RunningMoments(nn.Module):
     """Mean and variance of everything seen so far, elementwise over ``shape`` (Chan, Golub & LeVeque 1979).

@@ -93,7 +93,8 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
     except Exception as error:  # a picture is not worth a run: graphics fail in many ways
         note = f"poses not drawn: {error}"
         logger.warning(note)
-    heat = 0.0 if dataset.observations.dim() == 4 else min(6.0, 1.7 + 0.13 * dataset.pairs)
+    frames = len(dataset.observation_shape) == 3 and not dataset.encoded
+    heat = 0.0 if frames else min(6.0, 1.7 + 0.13 * dataset.pairs)
     above = scene[0] if scene else 0.0
     figure = _figure(WIDTH, above + heat + 0.5)
     title = f"{dataset.env}: {dataset.pairs} pairs, learning rate {dataset.learning_rate.item():.3g}"
@@ -114,6 +115,8 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
 def _scene(dataset: DistilledDataset) -> tuple[float, Callable[[SubFigure], None]] | None:
     """Height (inches) of the picture that means something in this environment, and what draws it; None: no such one."""
     shape = dataset.observation_shape
+    if dataset.encoded:
+        return None
     if len(shape) == 3:
         rows = min(dataset.pairs, FRAME_ROWS)
         return 0.5 + 1.55 * rows, partial(_draw_frames, dataset=dataset, rows=rows)

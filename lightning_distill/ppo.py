@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -26,7 +27,8 @@ from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor
 from .families import as_family
 from .learners import FIXED, LearnerFamily, Params
-from .normalise import RunningMoments
+from .nature import LEVELS, make_critic, make_encoder, scaled
+from .normalise import FrameScale, RunningMoments
 from .objectives import (
     approximate_kl,
     discounted_sums,
@@ -38,6 +40,8 @@ from .policies import ActionNoise, action_distribution
 
 OBSERVATION_CLIP = 10.0
 EPISODES_LOGGED = 100
+#: Numbers in the observations whose values are computed at once.
+VALUE_CHUNK = 2**24
 
 
 class LinearAnneal(LambdaLR):
@@ -61,9 +65,12 @@ class PPO(L.LightningModule):
     Args:
         spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
         family: what learners are drawn from: a name (``paper``: MLP 64-64 tanh, orthogonal), or a family by class path.
+        encoder_level: l ∈ 0…4, for Atari: the first l layers of the Nature CNN are one encoder, trained along with the
+            critic by the gradient of the whole loss; learners and critic are fed its features.
         gamma: discount γ.
         gae_lambda: λ of generalised advantage estimation.
         clip: ε of the clipped surrogate.
+        value_coef: weight of the value loss; matters to an encoder alone, which policy and value loss share.
         target_kl: when a minibatch's approximate KL divergence from the acting policy exceeds this, the actor is left
             alone for the rest of the iteration; the critic goes on.
         entropy_coef: weight of the entropy bonus.
@@ -71,7 +78,7 @@ class PPO(L.LightningModule):
         minibatches: parts of one pass.
         max_grad_norm: gradients are clipped to this norm, actor and critic each.
         optimizer: of the actor, called with its parameters.
-        critic_optimizer: of the critic, called with its parameters.
+        critic_optimizer: of the critic and the encoder, called with their parameters.
         scheduler: called with an optimiser and the number of iterations; stepped once an iteration, for both.
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
@@ -81,9 +88,11 @@ class PPO(L.LightningModule):
         self,
         spec: dict[str, Any],
         family: LearnerFamily | str = "paper",
+        encoder_level: int = 0,
         gamma: ClosedUnitInterval = 0.99,
         gae_lambda: ClosedUnitInterval = 0.95,
         clip: PositiveFloat = 0.2,
+        value_coef: PositiveFloat = 1.0,
         target_kl: PositiveFloat = math.inf,
         entropy_coef: NonNegativeFloat = 0.0,
         epochs: PositiveInt = 10,
@@ -105,12 +114,13 @@ class PPO(L.LightningModule):
         self.spec = spec if isinstance(spec, EnvSpec) else EnvSpec(**spec)
         self.family = as_family(family)
         self.gamma, self.gae_lambda = gamma, gae_lambda
-        self.clip, self.target_kl, self.entropy_coef = clip, target_kl, entropy_coef
+        self.clip, self.target_kl, self.entropy_coef, self.value_coef = clip, target_kl, entropy_coef, value_coef
         self.epochs, self.minibatches, self.max_grad_norm = epochs, minibatches, max_grad_norm
         self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
+        self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
         self.actor = self.make_actor(log_std, log_std_min)
-        self.critic = _critic(self.spec)
-        self.observation_moments = RunningMoments(self.spec.observation_shape)
+        self.critic = make_critic(self.learner_shape) if self.spec.frames else _critic(self.spec)
+        self.observation_moments = FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape)
         self.return_moments = RunningMoments()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
@@ -123,8 +133,14 @@ class PPO(L.LightningModule):
     # --- acting -------------------------------------------------------------------------------------------------
 
     def normalise(self, observations: Tensor) -> Tensor:
-        """An environment's observations as learners and critic are fed them."""
-        return normalise(observations, *self._normaliser, OBSERVATION_CLIP)
+        """An environment's observations, normalised."""
+        if self.spec.frames:
+            return scaled(observations)
+        return normalise(observations.float(), *self._normaliser, OBSERVATION_CLIP)
+
+    def encode(self, observations: Tensor) -> Tensor:
+        """An environment's observations [..., *obs] as learners and critic are fed them, [..., *learner_shape]."""
+        return self.encoder(self.normalise(observations))
 
     @torch.no_grad()
     def begin_rollout(self) -> None:
@@ -137,20 +153,26 @@ class PPO(L.LightningModule):
         moments = self.observation_moments
         self._normaliser = moments.mean.float(), moments.std.float()
         self.draw()
-        self._acting = self.policy_params()
+        with self._precision():
+            self._acting = self.policy_params()
         self._acting_log_std = self.log_std
 
     @torch.no_grad()
     def act(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was."""
         began = time.perf_counter()
-        # Not a number would break the sampling of an action; the rollout's check names it soon enough.
-        observation = self.normalise(state["observation"].float()).nan_to_num()
-        output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
+        with self._precision():
+            # Not a number would break the sampling of an action; the rollout's check names it soon enough.
+            observation = self.encode(state["observation"]).nan_to_num()
+            output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
         state["output"] = output
         state["action"] = action_distribution(output, self._acting_log_std).sample()
         self._inference_seconds += time.perf_counter() - began
         return state
+
+    def _precision(self) -> AbstractContextManager:
+        """The Trainer's precision, in which Lightning runs training alone."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
 
     # --- learning -----------------------------------------------------------------------------------------------
 
@@ -171,17 +193,16 @@ class PPO(L.LightningModule):
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
         """Tensors [K, M, …] for the update of K learners from M samples each."""
         reward, done, terminated = (rollout["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
-        observations = self.normalise(rollout["observation"].float())
-        value = self.critic(observations).squeeze(-1)
-        # The next state is the one in the next column, except where an episode or the rollout ends.
-        next_value, last = value.roll(-1, dims=1), done.clone()
-        last[:, -1] = True
-        next_value[last] = self.critic(self.normalise(rollout["next", "observation"][last].float())).squeeze(-1)
+        value = self._values(rollout["observation"])
+        # The next state's value is the next step's, except where the trace is cut; behind an end it counts for nothing.
+        next_value, cut = value.roll(-1, 1), done & ~terminated
+        cut[:, -1] = True
+        next_value[cut] = self._values(rollout["next", "observation"][cut])
         advantage = generalized_advantages(
             self._scaled(reward, done), value, next_value, terminated, done, self.gamma, self.gae_lambda
         )
         samples = {
-            "observation": observations,
+            "observation": rollout["observation"],
             "action": rollout["action"],
             "log_prob": action_distribution(rollout["output"], self._acting_log_std).log_prob(rollout["action"]),
             "advantage": self._standardised(advantage),
@@ -189,6 +210,13 @@ class PPO(L.LightningModule):
             "value": value,
         }
         return {name: tensor.unflatten(0, (self.learners, -1)).flatten(1, 2) for name, tensor in samples.items()}
+
+    def _values(self, observations: Tensor) -> Tensor:
+        """The critic's values of observations [*batch, *obs], in parts that take a bounded amount of memory."""
+        shape = self.spec.observation_shape
+        batch = observations.shape[: observations.dim() - len(shape)]
+        parts = observations.reshape(-1, *shape).split(max(1, VALUE_CHUNK // torch.Size(shape).numel()))
+        return torch.cat([self.critic(self.encode(part)).squeeze(-1) for part in parts]).view(batch)
 
     def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
         """Rewards over the running standard deviation of discounted returns; also collects episode returns."""
@@ -212,7 +240,7 @@ class PPO(L.LightningModule):
 
     def _update(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
         actor_optimizer, critic_optimizer = self.optimizers()
-        actor_params, critic_params = list(self.actor.parameters()), list(self.critic.parameters())
+        actor_params, critic_params = list(self.actor.parameters()), self._critic_params()
         count = samples["advantage"].shape[1]
         device = samples["advantage"].device
         metrics: dict[str, list[Tensor]] = {}
@@ -220,6 +248,7 @@ class PPO(L.LightningModule):
         for _ in range(self.epochs):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
+                batch["observation"] = self.encode(batch["observation"])
                 value = self.critic(batch["observation"]).squeeze(-1)
                 value_loss = (value - batch["value_target"]).square().mean()
                 found = {"loss/value": value_loss}
@@ -238,7 +267,7 @@ class PPO(L.LightningModule):
                     policy_loss = policy_loss - self.entropy_coef * entropy
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
-                self.manual_backward(policy_loss + value_loss)
+                self.manual_backward(policy_loss + self.value_coef * value_loss)
                 found["gradient/critic"] = clip_gradients(critic_params, self.max_grad_norm)
                 critic_optimizer.step()
                 if not stopped:
@@ -344,7 +373,7 @@ class PPO(L.LightningModule):
     # --- Lightning ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        optimizers = [self.optimizer(self.actor.parameters()), self.critic_optimizer(self.critic.parameters())]
+        optimizers = [self.optimizer(self.actor.parameters()), self.critic_optimizer(self._critic_params())]
         iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
         return optimizers, [self.scheduler(optimizer, iterations) for optimizer in optimizers]
 
@@ -412,7 +441,7 @@ class PPO(L.LightningModule):
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         """The module whose parameters ``optimizer`` changes."""
-        return PolicyWeights(self.family, self.spec, log_std, log_std_min)
+        return PolicyWeights(self.family, self.spec, self.learner_shape, log_std, log_std_min)
 
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""
@@ -420,6 +449,19 @@ class PPO(L.LightningModule):
     def policy_params(self) -> Params:
         """Parameters [K, …] of the acting policies, differentiable in the actor's parameters."""
         return self.actor.params()
+
+    def _make_encoder(self, level: int) -> tuple[int, nn.Module, tuple[int, ...]]:
+        """The level, its encoder, and the shape of what it returns."""
+        shape = self.spec.observation_shape
+        if not 0 <= level <= LEVELS or (level and not self.spec.frames):
+            allowed = f"0 … {LEVELS}" if self.spec.frames else "0: encoders are for Atari's frames"
+            raise ConfigError(f"model.encoder_level={level} with env={self.spec.id!r}: allowed are {allowed}")
+        encoder = make_encoder(level)
+        with torch.no_grad():
+            return level, encoder, tuple(encoder(torch.zeros(1, *shape)).shape[1:])
+
+    def _critic_params(self) -> list[nn.Parameter]:
+        return [*self.critic.parameters(), *self.encoder.parameters()]
 
     @property
     def log_std(self) -> Tensor | None:
@@ -446,9 +488,11 @@ def clip_gradients(params: list[nn.Parameter], max_norm: float) -> Tensor:
 class PolicyWeights(nn.Module):
     """One learner's own parameters as trainable weights: what direct RL optimises."""
 
-    def __init__(self, family: LearnerFamily, spec: EnvSpec, log_std: float, log_std_min: float) -> None:
+    def __init__(
+        self, family: LearnerFamily, spec: EnvSpec, shape: tuple[int, ...], log_std: float, log_std_min: float
+    ) -> None:
         super().__init__()
-        drawn = family.draw(1, spec.observation_shape, spec.actions)
+        drawn = family.draw(1, shape, spec.actions)
         self.names = list(drawn)
         self.weights = nn.ParameterList(
             nn.Parameter(value, requires_grad=not name.startswith(FIXED)) for name, value in drawn.items()

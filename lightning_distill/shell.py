@@ -148,11 +148,11 @@ def watch(
     steps: int = 1000,
     json: bool = False,
 ) -> None:
-    """A video of one fresh learner, taught on a dataset, at play; needs no display.
+    """One fresh learner, taught on a dataset, at play: in a window, or as a video, which needs no display.
 
     Args:
         dataset: name in the zoo, or path of a file.
-        output: video to write, .mp4 (needs imageio-ffmpeg) or .gif; default: the dataset's name with .gif.
+        output: video to write, .mp4 (needs imageio-ffmpeg) or .gif; default: a window (needs pygame).
         env: another environment id than the dataset's own; its shapes must agree.
         family: what the learner is drawn from, as in evaluate.
         seed: of the learner, the start state and the actions.
@@ -164,12 +164,13 @@ def watch(
 
     pairs = load(dataset)
     drawn_from = None if family is None else _family(family, pairs)
-    path = Path(output or f"{Path(dataset).stem}.gif")
+    path = None if output is None else Path(output)
     made = record(pairs, path, env=env, family=drawn_from, seed=seed, greedy=greedy, steps=steps)
     if json:
-        _print_json({"path": str(made.path), "env": env or pairs.env, "steps": made.steps, "return": made.total})
+        shown = None if made.path is None else str(made.path)
+        _print_json({"path": shown, "env": env or pairs.env, "steps": made.steps, "return": made.total})
     else:
-        print(f"{made.path}: {made.steps} steps of {env or pairs.env}, return {made.total:.1f}")
+        print(f"{made.path or 'window'}: {made.steps} steps of {env or pairs.env}, return {made.total:.1f}")
 
 
 def list_zoo(json: bool = False) -> None:
@@ -368,10 +369,10 @@ def _family(name: str, pairs: DistilledDataset) -> LearnerFamily:
 
     found = trained_family(pairs) if name == IN_DISTRIBUTION else family_named(name)
     try:
-        found.draw(1, pairs.observation_shape, pairs.outputs)
+        found.draw(1, pairs.learner_shape, pairs.outputs)
     except Exception as error:  # somebody else's module may raise anything
         raise ConfigError(
-            f"family={name!r}: cannot be made for observations {list(pairs.observation_shape)} and {pairs.outputs} "
+            f"family={name!r}: cannot be made for observations {list(pairs.learner_shape)} and {pairs.outputs} "
             f"outputs ({error})"
         ) from error
     return found

@@ -177,12 +177,8 @@ def _gradients(
         leaves = {name: value.detach().requires_grad_() for name, value in trainable.items()}
         total = loss(leaves)
         if not total.requires_grad:
-            raise UnfitLearner(
-                "module returns outputs that depend on no trainable parameter: one step cannot teach it"
-            )
-        gradients = torch.autograd.grad(
-            total, list(leaves.values()), create_graph=differentiable, allow_unused=True
-        )
+            raise UnfitLearner("module returns outputs that depend on no trainable parameter: one step cannot teach it")
+        gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=differentiable, allow_unused=True)
     return {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
 
 

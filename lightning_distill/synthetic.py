@@ -16,7 +16,8 @@ class SyntheticBatch(nn.Module):
     """n learnable (observation, target) pairs, the step rule's numbers, and the taught policy's log standard deviation.
 
     Args:
-        spec: gives the shapes, and the range of continuous actions that the initial noise is a share of.
+        spec: gives the targets' shape, and the range of continuous actions that the initial noise is a share of.
+        shape: of one synthetic observation.
         pairs: n.
         numbers: initial values of what the step rule needs beside the pairs, by name.
         observation_scale, target_scale: standard deviation of the normal initial values.
@@ -26,6 +27,7 @@ class SyntheticBatch(nn.Module):
     def __init__(
         self,
         spec: EnvSpec,
+        shape: tuple[int, ...],
         pairs: int,
         numbers: Mapping[str, float],
         observation_scale: float = 0.5,
@@ -34,7 +36,7 @@ class SyntheticBatch(nn.Module):
         log_std_min: float = -3.0,
     ) -> None:
         super().__init__()
-        self.observations = nn.Parameter(torch.randn(pairs, *spec.observation_shape) * observation_scale)
+        self.observations = nn.Parameter(torch.randn(pairs, *shape) * observation_scale)
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
         # Logarithms are learned: numbers stay positive.
         self._numbers = tuple(numbers)

@@ -36,12 +36,14 @@ LOG_STD_NAMES = ("log_std", "logstd")
 
 
 class Policy(nn.Module):
-    """A taught module that acts: normalises an observation, runs the module, returns an action.
+    """A taught module that acts: normalises an observation, encodes it, runs the module, returns an action.
 
-    Its ``state_dict`` holds the taught module's under ``module.``, and the normaliser and log standard deviation.
+    Its ``state_dict`` holds the taught module's under ``module.``, the encoder's, the normaliser and the log standard
+    deviation.
 
     Args:
-        module: the taught module, fed normalised observations; in evaluation mode it is the function that was taught.
+        module: the taught module, fed normalised observations, or what the dataset's encoder makes of them; in evaluation
+            mode it is the function that was taught.
         dataset: supplies the normaliser, the kind of action and the log standard deviation.
     """
 
@@ -52,6 +54,7 @@ class Policy(nn.Module):
         super().__init__()
         self.module, self.action_type = module, dataset.action_type
         self.observation_clip = dataset.observation_clip
+        self.encoder = dataset.make_encoder()
         self.register_buffer("observation_mean", dataset.observation_mean.clone())
         self.register_buffer("observation_std", dataset.observation_std.clone())
         self.register_buffer("log_std", None if dataset.log_std is None else dataset.log_std.clone())
@@ -84,7 +87,7 @@ class Policy(nn.Module):
             given = observation
         batch, single = self._as_batch(given.to(mean.device, mean.dtype))
         inputs = normalise(batch, mean, self.observation_std, self.observation_clip)
-        output = self.module(inputs.to(_floating(self.module).dtype)).float()
+        output = self.module(self.encoder(inputs).to(_floating(self.module).dtype)).float()
         action = self._sampled(output, generator) if sample else self._greedy(output)
         action = action.squeeze(len(self.leading)) if single else action
         # [()] makes a scalar of an array without dimensions, as environments expect.
@@ -172,8 +175,9 @@ def teach(
     shared ones move once. Neither random state nor ``.grad`` changes.
 
     Args:
-        module: maps normalised observations [B, *obs] to logits or action means [B, d]; any architecture, on any one
-            device, of any floating dtype.
+        module: maps normalised observations [B, *obs], or the features of the dataset's encoder ([B,
+            *dataset.learner_shape]), to logits or action means [B, d]; any architecture, on any one device, of any
+            floating dtype.
         dataset: from :func:`lightning_distill.load`.
         step_rule: ``sgd``, ``line_search``, ``newton`` or ``projection``, if the dataset has the numbers that it needs;
             default: the one that the dataset recommends.
@@ -185,7 +189,6 @@ def teach(
         ValueError: the module does not take the dataset's observations, does not return its number of outputs, or has
             nothing to teach; or the dataset does not go with the step rule, or the module does not (``UnfitLearner``).
     """
-    _check_encoder(dataset)
     rule, numbers = _step_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
@@ -230,13 +233,12 @@ def teach_many(
     Raises:
         ValueError: as :func:`teach`; or the modules differ in architecture.
     """
-    _check_encoder(dataset)
     rule, numbers = _step_rule(dataset, step_rule)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):
             if learners is None or learners < 1:
                 raise ValueError(f"learners={learners}: how many to draw of the family, an integer ≥ 1")
-            params = family.draw(learners, dataset.observation_shape, dataset.outputs, device)
+            params = family.draw(learners, dataset.learner_shape, dataset.outputs, device)
             stack: Learners = family
         else:
             if learners is not None or not family:
@@ -272,8 +274,8 @@ def _mean_best_step(dataset: DistilledDataset, family: LearnerFamily, learners: 
     device = dataset.observations.device
     with torch.inference_mode(False), torch.no_grad(), keep_random_state(device):
         torch.manual_seed(0)
-        params = family.draw(learners, dataset.observation_shape, dataset.outputs, device)
-        steps = best_steps(family, params, dataset.observations.clone(), dataset.targets.clone())
+        params = family.draw(learners, dataset.learner_shape, dataset.outputs, device)
+        steps = best_steps(family, params, dataset.learner_inputs().clone(), dataset.targets.clone())
         return steps.clamp(min=torch.finfo(steps.dtype).tiny).log().mean().exp()
 
 
@@ -282,11 +284,6 @@ def _copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
     except Exception as error:  # somebody else's module may hold anything
         raise ValueError(f"module cannot be copied ({error}); in_place=True teaches the module itself") from error
-
-
-def _check_encoder(dataset: DistilledDataset) -> None:
-    if dataset.encoder_level:
-        raise ValueError(f"encoder_level={dataset.encoder_level}: this version teaches without an encoder, level 0")
 
 
 def _step_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, list[Tensor]]:
@@ -307,7 +304,7 @@ def _step(
     """Parameters of the taught learners; torch's random state is left as it was."""
     like = _like(params)
     # Copies: of a tensor made in inference mode nothing can be differentiated.
-    given = [tensor.to(like, copy=True) for tensor in (dataset.observations, dataset.targets, *numbers)]
+    given = [tensor.to(like, copy=True) for tensor in (dataset.learner_inputs(), dataset.targets, *numbers)]
     with _accepting(dataset), keep_random_state(like.device):
         return rule(learners, params, *given)
 
@@ -349,7 +346,7 @@ def _accepting(dataset: DistilledDataset) -> Iterator[None]:
     except UnfitLearner:
         raise
     except Exception as error:  # somebody else's module may raise anything
-        shape = list(dataset.observations.shape)
+        shape = [dataset.pairs, *dataset.learner_shape]
         raise ValueError(f"module does not accept observations of shape {shape}: {error}") from error
 
 

@@ -1,9 +1,10 @@
-"""A video of a taught learner at play, without a display."""
+"""A taught learner at play: in a video, without a display, or in a window."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from .dataset import DistilledDataset
 from .envs import ConfigError, env_spec, stream_seed
-from .envs.rendering import make_rendered
+from .envs.rendering import in_window, make_rendered
 from .evaluation import TEST_SEED, check_matches, trained_family
 from .learners import LearnerFamily
 from .teaching import keep_random_state, teach_many
@@ -26,16 +27,16 @@ GIF_FRAMES_PER_SECOND, GIF_PIXELS, GIF_COLOURS = 25, (608, 480), 128
 
 @dataclass(frozen=True)
 class Recording:
-    """What was recorded: ``path`` of the video, environment ``steps`` and their undiscounted ``total`` reward."""
+    """What was played: ``path`` of the video (None: in a window), ``steps`` and their undiscounted ``total`` reward."""
 
-    path: Path
+    path: Path | None
     steps: int
     total: float
 
 
 def record(
     dataset: DistilledDataset,
-    path: Path,
+    path: Path | None,
     *,
     env: str | None = None,
     family: LearnerFamily | None = None,
@@ -43,11 +44,11 @@ def record(
     greedy: bool = False,
     steps: int = 1000,
 ) -> Recording:
-    """Teach one fresh learner and record how it plays one episode.
+    """Teach one fresh learner and record, or show in a window, how it plays one episode.
 
     Args:
         dataset: what it is taught on.
-        path: ``.mp4`` (needs imageio-ffmpeg; without it a GIF is written) or ``.gif``.
+        path: ``.mp4`` (needs imageio-ffmpeg; without it a GIF is written) or ``.gif``; None: a window (needs pygame).
         env: another environment id than the dataset's own.
         family: what the learner is drawn from; default: what the dataset was distilled with.
         seed: of the learner, the start state and the actions.
@@ -57,17 +58,24 @@ def record(
     Raises:
         ConfigError: an argument cannot work, or the environment cannot be drawn on this machine.
     """
-    if path.suffix not in (".mp4", ".gif"):
+    if path is not None and path.suffix not in (".mp4", ".gif"):
         raise ConfigError(f"output={str(path)!r}: allowed are names that end in .mp4 or .gif")
     if steps < 1:
         raise ConfigError(f"steps={steps}: allowed are integers ≥ 1")
     name, kwargs = env or dataset.env, dataset.env_kwargs
     check_matches(dataset, env_spec(name, kwargs))
-    if path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+    if path is not None and path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         path = path.with_suffix(".gif")
         logger.warning("MP4 needs imageio-ffmpeg (pip install imageio-ffmpeg): writing %s instead", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     made = make_rendered(name, kwargs)
+    if path is None:
+        try:
+            made = in_window(made)
+        except ConfigError:
+            made.close()
+            raise
     played = {"steps": 0, "total": 0.0}
 
     def frames() -> Iterator[np.ndarray]:
@@ -88,8 +96,11 @@ def record(
         with keep_random_state(torch.device("cpu")):
             torch.manual_seed(stream_seed(seed, 1, evaluation=True))
             policy = teach_many(family or trained_family(dataset), dataset, 1)
-            write = _write_gif if path.suffix == ".gif" else _write_mp4
-            write(path, frames(), made.metadata.get("render_fps", 30))
+            if path is None:
+                deque(frames(), maxlen=0)  # the window shows them
+            else:
+                write = _write_gif if path.suffix == ".gif" else _write_mp4
+                write(path, frames(), made.metadata.get("render_fps", 30))
     finally:
         made.close()
     return Recording(path, **played)

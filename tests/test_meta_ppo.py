@@ -119,7 +119,8 @@ def test_first_minibatch_is_on_policy(env):
         seen = None
 
         def _update(self, samples):
-            self.seen = [*(self.seen or []), self._policy_loss(samples)[2].abs().max().item()]
+            encoded = samples | {"observation": self.encode(samples["observation"])}
+            self.seen = [*(self.seen or []), self._policy_loss(encoded)[2].abs().max().item()]
             return super()._update(samples)
 
     module = small_run(env, FirstRatio, iterations=4, pairs=3, learners=4)

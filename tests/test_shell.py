@@ -207,7 +207,7 @@ def test_show_json_holds_all(path, capsys):
 
 
 def test_watch_records_an_episode(path, capsys):
-    main(["watch", path, "--json"])
+    main(["watch", path, "-o", "tiny.gif", "--json"])
     told = read_json(capsys)
     assert told["path"] == "tiny.gif"
     assert told["return"] == told["steps"] > 0  # one for every step

@@ -435,7 +435,7 @@ def test_stacks_that_do_not_fit():
             r"step_rule='newton': the dataset has no newton_ridge; allowed are sgd",
         ),
         ({"metadata": {"step_rule": "adam"}}, r"step_rule='adam': allowed with this dataset are sgd"),
-        ({"metadata": {"encoder_level": 1}, "encoder": {"bias": torch.ones(1)}}, r"encoder_level=1"),
+        ({"metadata": {"encoder_level": 1}, "encoder": {"bias": torch.ones(1)}}, r"encoder of level 1: holds bias"),
     ],
 )
 def test_what_a_dataset_may_ask_for_in_vain(changes, match):

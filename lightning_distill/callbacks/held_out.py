@@ -43,8 +43,8 @@ class HeldOutLearners(L.Callback):
         for name, family in self.families.items():
             # Now rather than at the first validation, when a part of the run is done.
             try:
-                params = family.draw(2, spec.observation_shape, spec.actions)
-                shape = tuple(family.forward(params, torch.zeros(2, 3, *spec.observation_shape)).shape)
+                params = family.draw(2, pl_module.learner_shape, spec.actions)
+                shape = tuple(family.forward(params, torch.zeros(2, 3, *pl_module.learner_shape)).shape)
             except Exception as error:  # somebody else's module may raise anything
                 raise ConfigError(f"held_out.families: {name!r} cannot be drawn and run ({error})") from error
             if shape != (2, 3, spec.actions):

@@ -126,6 +126,10 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
         return EnvSpec(env, (4 * n,), "discrete", 2 * n)
     if (torchrl_class := _torchrl_class(env)) is not None:
         return _torchrl_spec(env, torchrl_class, kwargs)
+    from .atari import atari_spec, rom_of
+
+    if rom_of(env) is not None:
+        return atari_spec(env, kwargs)
     from gymnasium.spaces import Box, Discrete
 
     made = _gymnasium_env(env, kwargs)
@@ -179,6 +183,7 @@ def make_env(
     backend: Backend = "auto",
     threads: int = 2,
     device: torch.device | str = "cpu",
+    training: bool = False,
 ) -> EnvBase:
     """``num_envs`` copies of an environment, stepped together as one TorchRL environment.
 
@@ -188,9 +193,10 @@ def make_env(
         seed: of its start states.
         backend: who simulates a Gymnasium id: ``gymnasium`` (one after the other), ``processes`` (gymnasium, one
             process each), ``envpool`` (C++ threads; needs the extra ``fast`` and no ``env_kwargs``); ``auto`` takes
-            envpool where it has the id.
-        threads: of envpool.
+            envpool where it has the id. Atari games have a simulator of their own.
+        threads: of envpool and of the Atari emulator.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
+        training: Atari alone: clip rewards, and end an episode with a lost life.
 
     Raises:
         ConfigError: the backend cannot make the environment.
@@ -198,6 +204,13 @@ def make_env(
     from .cartpole import DIMENSIONS, CartPole
     from .vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator, VectorEnv
 
+    if spec.frames:
+        from .atari import AtariSimulator
+
+        if backend != "auto":
+            raise ConfigError(f"data.backend={backend!r} for {spec.id}: allowed is auto, ale-py's vector environment")
+        simulator = partial(_make, AtariSimulator, spec, num_envs, threads=threads, training=training)
+        return VectorEnv(spec, num_envs, simulator, seed)
     if backend == "auto" and spec.id in DIMENSIONS and not spec.kwargs:
         return CartPole(DIMENSIONS[spec.id], num_envs, seed, device)
     if (torchrl_class := _torchrl_class(spec.id)) is not None:

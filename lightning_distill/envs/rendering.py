@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
+import importlib.util
 import math
 import os
 import sys
@@ -36,12 +37,15 @@ def make_rendered(env: str, kwargs: dict[str, Any] | None = None) -> gymnasium.E
     from gymnasium.wrappers import TimeLimit
 
     from . import _gymnasium_env
+    from .atari import RenderedAtari, atari_spec, rom_of
     from .cartpole import DIMENSIONS, MAX_STEPS, GymnasiumCartPole
 
     kwargs = dict(kwargs or {})
     if env in DIMENSIONS and not kwargs:
         # Gymnasium's own CartPole-v1 is the same environment, but needs pygame to be drawn.
         made = TimeLimit(GymnasiumCartPole(DIMENSIONS[env], render_mode="rgb_array"), MAX_STEPS)
+    elif rom_of(env) is not None:
+        made = RenderedAtari(atari_spec(env, kwargs))
     else:
         _choose_opengl()
         made = _gymnasium_env(env, {**kwargs, "render_mode": "rgb_array"})
@@ -57,6 +61,21 @@ def make_rendered(env: str, kwargs: dict[str, Any] | None = None) -> gymnasium.E
         advice = f". {NO_OPENGL}" if hasattr(made.unwrapped, "model") else ""
         raise ConfigError(f"env={env!r} cannot be drawn here: {problem}{advice}")
     return made
+
+
+def in_window(rendered: gymnasium.Env) -> gymnasium.Env:
+    """The environment of :func:`make_rendered` in a window that shows each step, at its own speed.
+
+    Raises:
+        ConfigError: there is no display, or pygame is missing.
+    """
+    from gymnasium.wrappers import HumanRendering
+
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise ConfigError("no display to open a window on; -o NAME.gif writes a video instead")
+    if importlib.util.find_spec("pygame") is None:
+        raise ConfigError("a window needs pygame (pip install pygame); -o NAME.gif writes a video instead")
+    return HumanRendering(rendered)
 
 
 def _why_not_drawn(made: gymnasium.Env) -> str | None:

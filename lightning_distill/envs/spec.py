@@ -17,6 +17,7 @@ class EnvSpec:
     Attributes:
         id: Gymnasium id, or class path of a TorchRL environment.
         kwargs: keyword arguments it was made with.
+        observation_dtype: ``float32``, or ``uint8`` for Atari frames, which are kept as bytes until they are fed.
         observation_shape: shape of one observation.
         action_type: ``discrete`` (one of ``actions`` choices) or ``continuous`` (a vector of ``actions`` numbers).
         actions: number of choices, or length of the action vector: the learner's number of outputs.
@@ -30,10 +31,16 @@ class EnvSpec:
     action_low: tuple[float, ...] = ()
     action_high: tuple[float, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    observation_dtype: Literal["float32", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("observation_shape", "action_low", "action_high"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def frames(self) -> bool:
+        """Whether observations are stacked frames of bytes."""
+        return self.observation_dtype == "uint8"
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

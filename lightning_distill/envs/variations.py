@@ -23,7 +23,8 @@ class Variation:
         gravity, mass, friction: factors on the gravity vector, on the masses and inertias of all bodies, and on the
             friction coefficients of all geometries. MuJoCo only.
         sticky_actions: probability that a step repeats the action before it (Machado et al. 2018). Any Gymnasium
-            environment; Gymnasium's ``ALE/*-v5`` ids have their own, ``repeat_action_probability`` 0.25, already.
+            environment; of Atari games it replaces ``repeat_action_probability``, which is 0 unless ``env_kwargs``
+            say otherwise.
     """
 
     gravity: float = 1.0
@@ -87,13 +88,19 @@ def make_varied_env(spec: EnvSpec, num_envs: int, seed: int, variation: Variatio
     """
     import gymnasium
 
-    from . import _make
+    from . import _make, make_env
     from .vector import GymnasiumSimulator, VectorEnv
 
     try:
         gymnasium.spec(spec.id)
     except gymnasium.error.Error as error:
         raise ConfigError(f"variation {variation}: env={spec.id!r} is no Gymnasium environment ({error})") from None
+
+    if spec.frames:
+        if variation != Variation(sticky_actions=variation.sticky_actions):
+            raise ConfigError(f"variation {variation}: {spec.id} is an Atari game; allowed: sticky_actions")
+        sticky = {**spec.kwargs, "repeat_action_probability": variation.sticky_actions}
+        return make_env(dataclasses.replace(spec, kwargs=sticky), num_envs, seed)
 
     def make(spec: EnvSpec, num_envs: int, seed: int) -> Any:
         simulator = GymnasiumSimulator(spec, num_envs, seed)

@@ -133,7 +133,7 @@ class EnvPoolSimulator:
 
 
 class VectorEnv(EnvBase):
-    """A batch of environments behind one ``Simulator``; observations float32, actions clipped to the action space.
+    """A batch of environments behind one ``Simulator``; observations as the spec says, actions clipped to their space.
 
     Args:
         spec: the environment.
@@ -142,14 +142,15 @@ class VectorEnv(EnvBase):
         seed: environment i starts from seed + i.
     """
 
-    #: The present observation [N, *obs], float32; each step and reset makes a new tensor.
+    #: The present observation [N, *obs]; each step and reset makes a new tensor.
     observation: torch.Tensor
 
     def __init__(self, spec: EnvSpec, num_envs: int, make_simulator: Callable[[int], Simulator], seed: int) -> None:
         super().__init__(device="cpu", batch_size=[num_envs])
         batch = (num_envs,)
         self.spec_, self.make_simulator, self.simulator = spec, make_simulator, None
-        self.observation_spec = Composite(observation=Unbounded((*batch, *spec.observation_shape)), shape=batch)
+        observation = Unbounded((*batch, *spec.observation_shape), dtype=getattr(torch, spec.observation_dtype))
+        self.observation_spec = Composite(observation=observation, shape=batch)
         if spec.action_type == "discrete":
             self.action_spec = Categorical(spec.actions, shape=batch, dtype=torch.int64)
         else:
@@ -181,13 +182,13 @@ class VectorEnv(EnvBase):
         if self.spec_.action_type == "continuous":
             action = action.clamp(*self.bounds)
         observation, reward, terminated, truncated = self.simulator.step(action.numpy(), mask)
-        observation = observation.astype(np.float32)
+        observation = observation.astype(self.spec_.observation_dtype)
         self.observation = torch.from_numpy(observation)
         return observation, reward, terminated, truncated
 
     def restart(self, mask: np.ndarray | None) -> None:
         """Reset the environments in ``mask`` (None: all); ``observation`` follows."""
-        observation = torch.from_numpy(self.simulator.reset(mask)).float()
+        observation = torch.from_numpy(self.simulator.reset(mask).astype(self.spec_.observation_dtype))
         if mask is not None:
             chosen = torch.from_numpy(mask).view(-1, *[1] * (observation.dim() - 1))
             observation = torch.where(chosen, observation, self.observation)

@@ -1,0 +1,312 @@
+"""Atari: what training and evaluation see of a game, encoder levels, and files with an encoder in use."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lightning_distill import ConfigError, MetaPPO, NatureCNN, Variation, evaluate, load, teach, teach_many, watching
+from lightning_distill.envs import EnvSpec, env_spec, make_env
+from lightning_distill.envs.atari import AtariSimulator
+from lightning_distill.evaluation import trained_family
+from lightning_distill.families import family_named
+from lightning_distill.importing import import_released
+from lightning_distill.nature import encoder_from, make_critic, make_encoder
+from lightning_distill.pictures import draw_pairs
+
+SPEC = EnvSpec("ALE/Pong-v5", (4, 84, 84), "discrete", 6, observation_dtype="uint8")
+SHAPES = [(4, 84, 84), (32, 20, 20), (64, 9, 9), (64, 7, 7), (512,)]
+#: Games that end soon.
+SHORT = {"max_num_frames_per_episode": 60}
+
+
+def simulator(env, training, num_envs=3, seed=5, **kwargs):
+    return AtariSimulator(env_spec(env, kwargs), num_envs, seed, 1, training)
+
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+
+def test_spec_says_all_options():
+    spec = env_spec("ALE/MsPacman-v5", {"repeat_action_probability": 0.25})
+    assert (spec.observation_shape, spec.action_type, spec.actions, spec.frames) == ((4, 84, 84), "discrete", 9, True)
+    assert spec.kwargs == {
+        "repeat_action_probability": 0.25,
+        "full_action_space": False,
+        "max_num_frames_per_episode": 108_000,
+    }
+    assert EnvSpec(**spec.as_dict()) == spec
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"frameskip": 2}, "frameskip for ALE/Pong-v5; allowed are repeat_action_probability"),
+        ({"repeat_action_probability": 1.0}, r"repeat_action_probability=1.0: allowed are probabilities"),
+        ({"max_num_frames_per_episode": 0}, "max_num_frames_per_episode=0: allowed"),
+    ],
+)
+def test_options_that_cannot_work_are_named(kwargs, match):
+    with pytest.raises(ConfigError, match=match):
+        env_spec("ALE/Pong-v5", kwargs)
+
+
+def test_only_the_native_simulator_plays_atari():
+    with pytest.raises(ConfigError, match=r"data.backend='envpool' for ALE/Pong-v5: allowed is auto"):
+        make_env(env_spec("ALE/Pong-v5"), 2, 0, backend="envpool")
+
+
+def test_training_alone_ends_episodes_with_a_life_and_clips_rewards():
+    """Both play the same games: a lost life changes what counts as an episode, not what is played."""
+    training, whole = simulator("ALE/SpaceInvaders-v5", True), simulator("ALE/SpaceInvaders-v5", False)
+    rng = np.random.default_rng(0)
+    assert np.array_equal(training.reset(None), whole.reset(None))
+    lives_lost, over, raw = 0, np.zeros(3, dtype=bool), set()
+    while not over.any():
+        action = rng.integers(6, size=3)
+        seen, clipped, ended, _ = training.step(action)
+        also_seen, reward, over, _ = whole.step(action)
+        assert np.array_equal(seen, also_seen)
+        assert np.array_equal(clipped, np.sign(reward))
+        assert (ended | ~over).all()
+        lives_lost += int(ended.sum())
+        raw |= set(reward.tolist())
+        if ended.any():
+            before = seen.copy()
+            after = training.reset(ended)
+            assert np.array_equal(after[~over], before[~over]), "the game goes on after a lost life"
+    assert max(raw) > 1
+    assert lives_lost >= 3, "a game has three lives"
+
+
+def test_terminal_frames_are_kept_and_a_time_limit_is_no_end():
+    env = make_env(env_spec("ALE/Breakout-v5", SHORT), 3, seed=1)
+    state = env.reset()
+    assert state["observation"].dtype == torch.uint8
+    for _ in range(20):
+        state["action"] = torch.randint(4, (3,))
+        step, state = env.step_and_maybe_reset(state)
+        done = step["next", "done"].squeeze(-1)
+        same = (step["next", "observation"] == state["observation"]).flatten(1).all(1)
+        assert torch.equal(same, ~done), "a new game begins exactly where one has ended"
+        if done.any():
+            assert (step["next", "truncated"] == step["next", "done"]).all()
+            assert not step["next", "terminated"].any()
+            break
+    assert done.any()
+    env.close()
+
+
+def test_starts_differ_and_follow_from_the_seed():
+    first, again = (simulator("ALE/Pong-v5", False, num_envs=8, seed=3) for _ in range(2))
+    _, info = first.envs.reset(seed=3)
+    assert len(set(info["episode_frame_number"].tolist())) > 2
+    assert np.array_equal(first.reset(None), again.reset(None))
+
+
+def test_sticky_actions_by_option_and_by_variation():
+    seen = []
+    for sticky in (0.0, 0.9):
+        game = simulator("ALE/Pong-v5", False, repeat_action_probability=sticky)
+        game.reset(None)
+        for step in range(30):
+            game.step(np.full(3, 2 + step % 2))  # to and fro
+        seen.append(game.observation)
+    assert not np.array_equal(*seen)
+    dataset = module(4).distilled()
+    with pytest.raises(ConfigError, match="an Atari game; allowed: sticky_actions"):
+        evaluate(dataset, learners=2, env_kwargs=SHORT, variation=Variation(gravity=2.0))
+    assert (
+        evaluate(dataset, learners=2, env_kwargs=SHORT, variation=Variation(sticky_actions=0.5))
+        .returns.isfinite()
+        .all()
+    )
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+def whole_network(outputs=6):
+    """The Nature CNN as everybody writes it."""
+    convolutions = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+    return nn.Sequential(
+        *convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, outputs)
+    )
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_encoder_and_learner_are_the_whole_network_cut_in_two(level):
+    torch.manual_seed(level)
+    networks = [whole_network() for _ in range(2)]
+    states = [network.state_dict() for network in networks]
+    encoder = make_encoder(level)
+    encoded = encoder.state_dict()
+    assert len(encoded) == 2 * level
+    for network in networks:
+        network.load_state_dict(network.state_dict() | encoded)
+    family = NatureCNN()
+    params = family.draw(2, SHAPES[level], 6)
+    assert set(params) | set(encoded) == set(states[0])
+    for name in params:
+        assert params[name].shape == (2, *states[0][name].shape)
+        params[name] = torch.stack([state[name] for state in states])
+    frames = torch.rand(2, 3, 4, 84, 84)
+    features = encoder(frames)
+    assert features.shape == (2, 3, *SHAPES[level])
+    with torch.no_grad():
+        expected = torch.stack([network(x) for network, x in zip(networks, frames, strict=True)])
+        torch.testing.assert_close(family.forward(params, features), expected, rtol=1e-4, atol=1e-5)
+        assert make_critic(SHAPES[level])(features).shape == (2, 3, 1)
+
+
+@pytest.mark.parametrize("name", ["nature_256", "nature_tanh", "nature_default_init", "nature_xavier", "residual_cnn"])
+def test_held_out_families_take_frames(name):
+    family = family_named(name)
+    params = family.draw(2, (4, 84, 84), 6)
+    assert family.forward(params, torch.rand(2, 3, 4, 84, 84)).shape == (2, 3, 6)
+
+
+def test_shapes_no_layer_takes_are_refused():
+    with pytest.raises(ValueError, match=r"fed \[3, 64, 64\]; allowed are frames"):
+        NatureCNN().draw(1, (3, 64, 64), 6)
+    with pytest.raises(ConfigError, match="encoder_level=5"):
+        MetaPPO(SPEC, encoder_level=5)
+    with pytest.raises(ConfigError, match=r"encoder_level=1 with env='CartPole-v1': allowed are 0"):
+        MetaPPO(EnvSpec("CartPole-v1", (4,), "discrete", 2), encoder_level=1)
+    with pytest.raises(ConfigError, match="encoded_pairs"):
+        MetaPPO(SPEC, encoded_pairs=True)
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def module(level, **kwargs):
+    torch.manual_seed(level)
+    small = NatureCNN(width=8, channels=(2, 3, 2), output_gain=1.0)
+    return MetaPPO(SPEC, pairs=2, learners=2, family=small, encoder_level=level, **kwargs)
+
+
+@pytest.mark.parametrize(("level", "encoded"), [(0, False), (1, False), (2, True), (3, False), (4, False)])
+def test_meta_gradient_reaches_pairs_and_encoder(level, encoded):
+    learning = module(level, encoded_pairs=encoded).double()
+    learning.clip = 10.0  # no kinks but those of the activations
+    fresh = learning.family.draw(2, learning.learner_shape, 6)
+    learning._fresh = {name: value.double() for name, value in fresh.items()}
+    frames = torch.rand(2, 3, 4, 84, 84, dtype=torch.float64)
+    batch = {
+        "action": torch.randint(6, (2, 3)),
+        "log_prob": -torch.rand(2, 3).double(),
+        "advantage": torch.randn(2, 3).double(),
+    }
+
+    def loss():
+        return learning._policy_loss(batch | {"observation": learning.encoder(frames)})[0]
+
+    loss().backward()
+    parameters = dict(learning.actor.named_parameters()) | dict(learning.encoder.named_parameters())
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        index = gradient.abs().flatten().argmax().item()
+        assert gradient.flatten()[index] != 0, name
+        at = tuple(int(i) for i in np.unravel_index(index, gradient.shape)) if gradient.dim() else ()
+        kept, values, step = parameter.data[at].item(), [], 1e-6
+        for shift in (step, -step):
+            parameter.data[at] = kept + shift
+            values.append(loss().item())
+        parameter.data[at] = kept
+        found = (values[0] - values[1]) / (2 * step)
+        assert gradient[at].item() == pytest.approx(found, rel=1e-3, abs=1e-9), name
+
+
+# --- files in use ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("level", "encoded"), [(0, False), (2, False), (2, True), (4, True)])
+def test_an_exported_file_teaches_and_acts(level, encoded, tmp_path):
+    dataset = load(module(level, encoded_pairs=encoded).distilled().save(tmp_path / "d.safetensors"))
+    assert (dataset.encoder_level, dataset.observation_shape) == (level, (4, 84, 84))
+    assert dataset.learner_shape == SHAPES[level]
+    head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPES[level]), 6))
+    frames = np.random.default_rng(0).integers(256, size=(5, 4, 84, 84), dtype=np.uint8)
+    # By hand: normalise, encode, one step on the mean squared error.
+    encoder = nn.Identity() if level == 0 else make_encoder(level)
+    encoder.load_state_dict(dict(dataset.encoder))
+    with torch.no_grad():
+        pairs = dataset.observations if encoded else encoder(dataset.observations)
+        features = encoder(torch.from_numpy(frames) / 255)
+    output = head(pairs)
+    gradients = torch.autograd.grad((output - dataset.targets).square().mean(), list(head.parameters()))
+    step = [p - dataset.learning_rate * g for p, g in zip(head.parameters(), gradients, strict=True)]
+    expected = features.flatten(1) @ step[0].T + step[1]
+    state = torch.get_rng_state()
+    policy = teach(head, dataset)
+    assert torch.equal(torch.get_rng_state(), state), "an encoder is made without drawing"
+    assert np.array_equal(policy(frames), expected.argmax(1).numpy())
+    assert policy(frames[0]) == expected[0].argmax()
+    stacked = teach_many([head, head], dataset)
+    assert np.array_equal(stacked(np.stack([frames, frames])), np.stack([expected.argmax(1).numpy()] * 2))
+
+
+def test_the_export_keeps_the_family_and_draws_the_pairs(tmp_path):
+    dataset = module(2).distilled()
+    assert trained_family(dataset).describe() == module(2).family.describe()
+    for name, made in (("frames", dataset), ("features", module(2, encoded_pairs=True).distilled())):
+        with Image.open(draw_pairs(made, tmp_path / f"{name}.png")) as picture:
+            assert picture.width > 1000
+
+
+def test_encoders_that_are_none_are_refused():
+    good = make_encoder(2).state_dict()
+    with pytest.raises(ValueError, match=r"encoder of level 2: holds .*; expected weight and bias"):
+        encoder_from({name.replace("2.", "3."): value for name, value in good.items()})
+    with pytest.raises(ValueError, match="encoder of level 2: not one of the Nature CNN"):
+        encoder_from(good | {"2.weight": torch.zeros(64, 32, 5, 5)})
+    with pytest.raises(ValueError, match="encoder of level 1: not one of the Nature CNN"):
+        encoder_from({"0.weight": torch.zeros(3), "0.bias": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_imported_files_play_by_our_protocol(level, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pairs = {"x": torch.randn(10, 4, 84, 84, generator=generator), "y": torch.randn(10, 18, generator=generator)}
+    torch.save(pairs | {"inner_lr": torch.tensor(0.3)}, tmp_path / "d.pt")
+    torch.save(make_encoder(2).state_dict(), tmp_path / "e.pt")
+    encoder = tmp_path / "e.pt" if level else None
+    dataset = import_released(tmp_path / "d.pt", "ALE/Centipede-v5", encoder)
+    evaluation = evaluate(dataset, learners=2, env_kwargs={"max_num_frames_per_episode": 200})
+    assert evaluation.returns.shape == (2, 1)
+    assert evaluation.returns.isfinite().all()
+
+
+# --- seeing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_taught_learner_is_filmed(tmp_path):
+    played = watching.record(module(4).distilled(), tmp_path / "pong.gif", steps=5)
+    assert played.steps == 5
+    with Image.open(played.path) as video:
+        assert (video.n_frames, video.size) == (6, (320, 420))
+
+
+def test_a_window_needs_a_display(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(ConfigError, match=r"no display to open a window on; -o NAME.gif"):
+        watching.record(module(4).distilled(), None, steps=2)
+
+
+def test_a_window_shows_every_step(monkeypatch):
+    pygame = pytest.importorskip("pygame")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setenv("DISPLAY", ":0")
+    shown = []
+    monkeypatch.setattr(pygame.display, "flip", lambda: shown.append(1))
+    played = watching.record(module(4).distilled(), None, steps=3)
+    assert (played.path, played.steps) == (None, 3)
+    assert len(shown) >= 4  # the start and each step
