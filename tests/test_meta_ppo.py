@@ -200,9 +200,8 @@ def preference(env, gamma=0.99, model=MetaPPO, iterations=40):
     """Probability of action 1 in the first state, of the policies at the end, per sign of the observation."""
     watch = Watch()
     # Learners see what they were distilled for: enough steps for a policy to settle on one of two actions.
-    module = small_run(
-        env, model, [watch], iterations=iterations, gamma=gamma, optimizer=lambda p: torch.optim.Adam(p, lr=0.02)
-    )
+    options = {"gamma": gamma, "optimizer": lambda p: torch.optim.Adam(p, lr=0.02), "epochs": 4, "target_kl": 0.05}
+    module = small_run(env, model, [watch], iterations=iterations, **options)
     module.begin_rollout()
     observations = torch.tensor([[-1.0], [1.0]])
     output = module.family.forward(module._acting, module.normalise(observations).expand(module.learners, 2, 1))
