@@ -26,7 +26,11 @@ def steps_per_second(args: argparse.Namespace, processes: int) -> float:
         command = [sys.executable, "-m", "lightning_distill.cli", "fit", f"--data.env={args.env}", "--data.threads=1"]
         command += [f"--data.num_envs={args.num_envs}", f"--data.rollout_length={args.rollout_length}"]
         command += [f"--data.env_steps={frames * args.iterations}", f"--model.pairs={args.pairs}"]
-        command += [f"--trainer.devices={processes}", "--trainer.strategy=ddp", f"--trainer.accelerator={args.accelerator}"]
+        command += [
+            f"--trainer.devices={processes}",
+            "--trainer.strategy=ddp",
+            f"--trainer.accelerator={args.accelerator}",
+        ]
         command += ["--trainer.limit_val_batches=0", "--trainer.limit_test_batches=0", "--report.pictures=false"]
         command += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
         command += [f"--trainer.default_root_dir={folder}"]
@@ -55,7 +59,9 @@ def main() -> None:
     for _ in range(args.rounds):
         one, several = steps_per_second(args, 1), steps_per_second(args, args.processes)
         ratios.append(several / one)
-        print(f"{args.env}: 1 process {one:,.0f} steps/s, {args.processes} {several:,.0f}: × {ratios[-1]:.2f}", flush=True)
+        print(
+            f"{args.env}: 1 process {one:,.0f} steps/s, {args.processes} {several:,.0f}: × {ratios[-1]:.2f}", flush=True
+        )
     print(f"median of {args.rounds}: × {statistics.median(ratios):.2f}")
 
 
