@@ -20,7 +20,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("entropy of the acting policies", {"policy/entropy": ""}),
     ("log standard deviation of actions", {"policy/log_std": ""}),
     ("explained variance of the critic", {"loss/explained_variance": ""}),
-    ("gradient norms before clipping", {"gradient/actor": "synthetic batch", "gradient/critic": "critic"}),
+    ("gradient norms before clipping", {"gradient/actor": "actor (synthetic batch)", "gradient/critic": "critic"}),
     ("environment steps a second", {"steps/s": ""}),
 )
 TIME = {"time/simulation": "simulation", "time/inference": "inference", "time/update": "update"}
@@ -40,33 +40,35 @@ pre{background:#f4f6f9;padding:.8rem 1rem;overflow-x:auto;font-size:13px}summary
 
 def write_report(
     path: Path,
-    dataset: DistilledDataset,
+    title: str,
+    lead: str,
     evaluations: Evaluations,
     *,
+    players: str = "fresh learners after one step",
     curves: Curves | None = None,
-    moments: Sequence[DistilledDataset] = (),
     pairs_picture: Path | None = None,
+    moments: Sequence[DistilledDataset] = (),
     environment: Mapping[str, Any] | None = None,
+    config: str = "",
     files: Iterable[tuple[Path, str]] = (),
 ) -> Path:
     """Write the page.
 
     Args:
         path: of the page.
-        dataset: what the run ended with; its metadata give config, seed and steps.
+        title, lead: what the run was, in a few words and in a line.
         evaluations: {family: {sampled|greedy: evaluation}}.
+        players: who they are returns of.
         curves: from :func:`lightning_distill.pictures.read_curves`.
-        moments: the dataset as it was at each validation.
         pairs_picture: a PNG.
+        moments: the dataset as it was at each validation.
         environment: from :func:`lightning_distill.provenance.describe_run`.
+        config: the YAML.
         files: (path, meaning) of what else the run left.
     """
-    about = dataset.metadata
-    title = f"{dataset.env} in {dataset.pairs} pairs"
-    steps = f"{about.get('env_steps', 0):,} environment steps, seed {about.get('seed')}"
-    parts = [f"<h1>{_text(title)}</h1><p class=lead>{_text(steps)}, {dataset.nbytes:,} bytes</p>"]
+    parts = [f"<h1>{_text(title)}</h1><p class=lead>{_text(lead)}</p>"]
     if evaluations:
-        parts.append(_section("Fresh learners after one step", _returns(evaluations)))
+        parts.append(_section(f"Returns of {players}", _returns(evaluations)))
     if curves:
         parts.append(_section("Learning", _image(draw_curves(curves), "learning curves")))
     if pairs_picture is not None and pairs_picture.is_file():
@@ -75,16 +77,17 @@ def write_report(
         parts.append(_section("The pairs over time", _image(draw_moments(moments), "the pairs over time")))
     if environment:
         parts.append(_section("Made with", _made_with(environment)))
-    if about.get("config"):
-        parts.append(
-            f"<h2>Config</h2><details><summary>all of it</summary><pre>{_text(about['config'])}</pre></details>"
-        )
+    if config:
+        parts.append(_section("Config", f"<details><summary>all of it</summary><pre>{_text(config)}</pre></details>"))
     listed = [(str(file), meaning) for file, meaning in files]
     if listed:
         parts.append(_section("Files", _definitions(listed)))
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
-    view = '<meta name="viewport" content="width=device-width,initial-scale=1"></head>'
-    return write_atomically(path, f"{head}{view}<body>{''.join(parts)}</body></html>".encode())
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>"
+    )
+    return write_atomically(path, f"{head}<body>{''.join(parts)}</body></html>".encode())
 
 
 def draw_curves(curves: Curves):
@@ -117,8 +120,8 @@ def draw_curves(curves: Curves):
 
 def _returns_panel(axes: Any, curves: Curves) -> None:
     if "return" in curves:
-        axes.plot(*zip(*curves["return"], strict=True), color="#9aa5b1", label="acting learners (last 100 episodes)")
-    evaluated = {"val": "fresh learners"}
+        axes.plot(*zip(*curves["return"], strict=True), color="#9aa5b1", label="training (last 100 episodes)")
+    evaluated = {"val": "validation"}
     held_out = sorted(name for name in curves if name.startswith("held_out/") and name.endswith("/return"))
     evaluated |= {name.removesuffix("/return"): "held out: " + name.split("/")[1] for name in held_out}
     for prefix, label in evaluated.items():
@@ -130,7 +133,7 @@ def _returns_panel(axes: Any, curves: Curves) -> None:
         low, high = ([m + sign * spread.get(s, 0.0) for s, m in zip(steps, means, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if "val/return_worst" in curves:
-        axes.plot(*zip(*curves["val/return_worst"], strict=True), ":", color="#555", label="the worst fresh learner")
+        axes.plot(*zip(*curves["val/return_worst"], strict=True), ":", color="#555", label="validation: the worst")
     axes.legend(fontsize="small")
     _finish(axes, "return (bands: 95 % confidence intervals of the mean)")
 

@@ -7,23 +7,10 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "lightning-distill",
-    "torch",
-    "lightning",
-    "torchrl",
-    "tensordict",
-    "numpy",
-    "gymnasium",
-    "mujoco",
-    "envpool",
-    "ale-py",
-    "wandb",
-)
+from .versions import versions
 
 
 def describe_run() -> dict[str, Any]:
@@ -33,8 +20,7 @@ def describe_run() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions(),
         "git": {
             "lightning-distill": git_revision(Path(__file__).parent, Path(__file__).name),
             "working directory": git_revision(Path.cwd()),
@@ -60,11 +46,4 @@ def git_revision(folder: Path, tracked: str = ".") -> str | None:
         git("ls-files", "--error-unmatch", tracked)
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None

@@ -10,6 +10,8 @@ PACKAGES = (
     "torch",
     "lightning",
     "torchrl",
+    "tensordict",
+    "numpy",
     "gymnasium",
     "mujoco",
     "ale-py",

@@ -195,7 +195,7 @@ def test_page_is_whole_and_self_contained(finished):
     for family, kinds in returns.items():
         for kind, entry in kinds.items():
             assert [family, kind, f"{entry['mean']:,.1f}"] in [page.cells[i : i + 3] for i in range(len(page.cells))]
-    for words in ("CartPole-v1 in 2 pairs", steps, torch.__version__, "val_learners: 3", "config.yaml"):
+    for words in ("CartPole-v1: 2 pairs", steps, torch.__version__, "val_learners: 3", "config.yaml"):
         assert words in text
     kinds = []
     for kind, content in page.images():
@@ -211,12 +211,17 @@ def test_page_is_whole_and_self_contained(finished):
 
 def test_page_shows_markup_as_text(tmp_path):
     attack = "<script>alert(1)</script>"
-    dataset = load("cartpole_1d").with_metadata(config=attack)
     evaluations = {attack: {"sampled": Evaluation(torch.ones(2, 1), False)}}
     path = write_report(
-        tmp_path / "report.html", dataset, evaluations, environment={attack: [attack]}, files=[(Path(attack), attack)]
+        tmp_path / "report.html",
+        attack,
+        attack,
+        evaluations,
+        environment={attack: [attack]},
+        config=attack,
+        files=[(Path(attack), attack)],
     )
-    assert "".join(Page(path).text).count(attack) == 6
+    assert "".join(Page(path).text).count(attack) == 9
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
@@ -260,7 +265,7 @@ def test_sweep_is_one_that_wandb_runs_and_this_program_understands(path, tmp_pat
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     for name, value in chosen.items():
-        found = printed
+        found = {**printed, "model": printed["model"]["init_args"]}
         for key in name.split("."):
             found = found[key]
         assert found == value, name

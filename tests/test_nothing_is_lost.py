@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_last_whole_ones(here, monkeypatch):
         fit("--data.env_steps=100_000", OFTEN)
     run = here / "runs" / "CartPole-v1" / "version_0"
     assert len(calls) > 12
-    assert env_steps(run / "checkpoints" / "last.ckpt") == 12 * 640
+    assert env_steps(run / "checkpoints" / "last.ckpt") == 11 * 640, "one of the twelve was environment.json"
     assert not [path for path in run.rglob(".*")], "nothing half written is left"
 
 

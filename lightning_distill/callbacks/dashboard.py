@@ -13,12 +13,13 @@ from lightning.pytorch.loggers import WandbLogger
 from ..dataset import DistilledDataset
 from ..evaluation import IN_DISTRIBUTION, as_returns
 from ..meta_ppo import MetaPPO
+from ..ppo import PPO
 
 
 class Dashboard(L.Callback):
     """Beside the logged curves, which W&B groups by what stands before the slash: environment steps as their x axis, the
     pairs as pictures at each validation, the table of returns of all families at the end, the dataset as a versioned
-    artifact. Does nothing without a ``WandbLogger``.
+    artifact. Does nothing without a ``WandbLogger``; direct PPO has no pairs to show.
 
     Args:
         video: also record a taught learner at the end (some seconds; the environment must be one that can be drawn).
@@ -28,16 +29,18 @@ class Dashboard(L.Callback):
         self.video = video
         self.best_return: float | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: PPO) -> None:
         run = _wandb_run(trainer)
         if run is not None:
             run.define_metric("env_steps")
             run.define_metric("*", step_metric="env_steps", step_sync=True)
             run.define_metric("val/return", summary="max", step_metric="env_steps", step_sync=True)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
         run = _wandb_run(trainer)
         if run is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if not isinstance(pl_module, MetaPPO):
             return
         dataset = _described(pl_module)
         self._log_pictures(run, dataset)
@@ -46,13 +49,12 @@ class Dashboard(L.Callback):
             self.best_return = mean
             _log_dataset(run, dataset, ["best-by-validation"])
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
         import wandb
 
         run = _wandb_run(trainer)
         if run is None:
             return
-        dataset = _described(pl_module)
         columns = ["family", "actions", "mean", "ci95", "std", "iqm", "worst", "learners", "episodes"]
         rows = [
             [family, kind, *(entry.as_dict()[name] for name in columns[2:])]
@@ -60,6 +62,9 @@ class Dashboard(L.Callback):
             for kind, entry in kinds.items()
         ]
         run.log({"test/returns": wandb.Table(columns=columns, data=rows)})
+        if not isinstance(pl_module, MetaPPO):
+            return
+        dataset = _described(pl_module)
         _log_dataset(run, dataset, ["best-by-validation", "tested"])
         if self.video:
             from ..watching import record
