@@ -3,13 +3,13 @@
     python benchmarks/throughput.py HalfCheetah-v5
     python benchmarks/throughput.py CartPole-v1 --num_envs 256 --rollout_length 100 --pairs 2
 
-The three alternate within one process, so that a change of the machine's speed meets all of them; medians are printed.
+The three alternate within one process, so that a change of the machine's speed meets all of them. Medians over iterations
+are printed; ratios are of neighbours in time, with their quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from typing import Any
 
@@ -92,16 +92,20 @@ def main() -> None:
     )
     trainer.fit(model, data)
 
-    seconds = {name: statistics.median(values[2:]) for name, values in timer.seconds.items()}
-    bare = frames / seconds["bare"]
-    collect = frames / seconds["collect"]
-    train = frames / (seconds["collect"] + seconds["update"])
-    updates = model.learners * model.epochs * model.minibatches / seconds["update"]
+    bare, collect, update = map(torch.tensor, timer.seconds.values())
+    # Of each iteration but the first two: the bare simulator's steps before it, its collection, its update.
+    bare, collect, update = bare[1:-1], collect[1:], update[2:]
     print(f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {data.threads} simulator threads")
-    print(f"  bare simulator, random actions  {bare:>12,.0f} steps/s")
-    print(f"  collection                      {collect:>12,.0f} steps/s  {collect / bare:6.1%}")
-    print(f"  training                        {train:>12,.0f} steps/s  {train / bare:6.1%}")
-    print(f"  learner updates                 {updates:>12,.0f} /s")
+    for name, seconds in {
+        "bare simulator, random actions": bare,
+        "collection": collect,
+        "training": collect + update,
+    }.items():
+        speed, share = frames / seconds, bare / seconds
+        low, high = share.quantile(torch.tensor([0.25, 0.75])).tolist()
+        print(f"  {name:31} {speed.median():>12,.0f} steps/s  {share.median():4.0%} ({low:.0%} … {high:.0%})")
+    updates = model.learners * model.epochs * model.minibatches / update
+    print(f"  {'learner updates':31} {updates.median():>12,.0f} /s")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from handmade import make_dataset
 
 from lightning_distill import MLP, ConfigError, DistilledDataset, Variation, evaluate, evaluate_all
 from lightning_distill.envs import env_spec, stream_seed
+from lightning_distill.envs.vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator
 from lightning_distill.evaluation import (
     IN_DISTRIBUTION,
     SHUFFLED,
@@ -83,6 +84,49 @@ def test_returns_are_of_whole_episodes_and_of_nothing_else():
     assert torch.equal(evaluation.returns, lengths(7, 3).float())
     assert len(evaluation.returns.unique()) == 5, "episodes of different lengths"
     assert evaluation.greedy
+
+
+class SteppingAll(Evaluator):
+    """Steps every environment until the last has finished; those that have go on with episodes that do not count."""
+
+    def _play(self, env, policy, greedy):
+        state = env.reset()
+        returns, playing = torch.zeros(len(state)), torch.ones(len(state), dtype=torch.bool)
+        while playing.any():
+            observation = state["observation"].unflatten(0, (self.learners, self.episodes))
+            state["action"] = policy(observation, sample=not greedy).flatten(0, 1)
+            step, state = env.step_and_maybe_reset(state)
+            returns += step["next", "reward"].squeeze(-1) * playing
+            playing &= ~step["next", "done"].squeeze(-1)
+        return returns.view(self.learners, self.episodes)
+
+
+@pytest.mark.parametrize(
+    ("backend", "simulator"),
+    [("gymnasium", GymnasiumSimulator), ("processes", ProcessSimulator), ("envpool", EnvPoolSimulator)],
+)
+def test_environments_that_have_finished_are_left_alone_and_returns_are_the_same(backend, simulator, monkeypatch):
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    # Processes take seconds to start; Gymnasium steps and resets them as it does environments of this one.
+    monkeypatch.setattr("gymnasium.vector.AsyncVectorEnv", gymnasium.vector.SyncVectorEnv)
+    asked, step = [], simulator.step
+    monkeypatch.setattr(
+        simulator, "step", lambda self, action, mask=None: asked.append(mask) or step(self, action, mask)
+    )
+
+    def returns(kind):
+        evaluator = kind(env_spec("CartPole-v1"), learners=4, episodes=2, backend=backend)
+        found = evaluator(make_dataset("CartPole-v1"), MLP(), taught=False).returns
+        evaluator.close()
+        return found
+
+    every = returns(SteppingAll)
+    assert every.unique().numel() > 3
+    asked.clear()
+    assert torch.equal(returns(Evaluator), every)
+    # A cart-pole earns 1 for each step.
+    assert sum(mask.sum() for mask in asked) == every.sum()
 
 
 def test_controls_differ_from_taught_learners():

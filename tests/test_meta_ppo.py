@@ -5,6 +5,7 @@ import torch
 
 from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO
 from lightning_distill.envs import EnvSpec
+from lightning_distill.objectives import generalized_advantages
 from lightning_distill.ppo import PPO
 
 SPECS = {
@@ -154,6 +155,27 @@ def test_the_same_seed_gives_the_same_dataset_bit_for_bit(env, backend):
 def test_nothing_of_an_update_is_left_behind():
     module = small_run()
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_each_state_has_the_critics_value_as_a_next_state_too(monkeypatch):
+    """Next states are not valued a second time; at ends of episodes and rollouts they are no state acted in."""
+    given, expected = [], []
+
+    def record(*arguments):
+        given.append(arguments[2])
+        return generalized_advantages(*arguments)
+
+    class Expected(MetaPPO):
+        def _samples(self, rollout):
+            expected.append(self.critic(self.normalise(rollout["next", "observation"])).squeeze(-1).detach())
+            return super()._samples(rollout)
+
+    monkeypatch.setattr("lightning_distill.ppo.generalized_advantages", record)
+    watch = Watch()
+    small_run("CartPole-v1", Expected, [watch], pairs=3, learners=4, data={"backend": "gymnasium"})
+    assert watch.rollouts[0]["next", "done"].any()
+    for found, value in zip(given, expected, strict=True):
+        torch.testing.assert_close(found, value)
 
 
 def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():

@@ -76,6 +76,13 @@ def test_gaussian_log_probability_is_of_the_joint_action():
     torch.testing.assert_close(action_distribution(mean, log_std).entropy(), entropy.expand(3, 5))
 
 
+def test_gaussian_samples_have_its_mean_and_standard_deviation():
+    mean, log_std = torch.tensor([[1.0, -2.0]]), torch.tensor([-0.7, 0.4])
+    sample = action_distribution(mean.expand(100_000, 2), log_std).sample()
+    torch.testing.assert_close(sample.mean(0), mean[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(sample.std(0), log_std.exp(), atol=0.02, rtol=0)
+
+
 def test_explained_variance_of_perfect_and_constant_predictions():
     target = torch.randn(100)
     assert explained_variance(target, target).item() == pytest.approx(1)
