@@ -86,12 +86,19 @@ class Policy(nn.Module):
         else:
             given = observation
         batch, single = self._as_batch(given.to(mean.device, mean.dtype))
-        inputs = normalise(batch, mean, self.observation_std, self.observation_clip)
-        output = self.module(self.encoder(inputs).to(_floating(self.module).dtype)).float()
+        output = self.output(batch)
         action = self._sampled(output, generator) if sample else self._greedy(output)
         action = action.squeeze(len(self.leading)) if single else action
         # [()] makes a scalar of an array without dimensions, as environments expect.
         return action if isinstance(observation, Tensor) else action.cpu().numpy()[()]
+
+    def output(self, observations: Tensor) -> Tensor:
+        """Action logits or means [*leading, B, d] for observations [*leading, B, *obs] in the environment's units."""
+        return self.module(self.normalised(observations).to(_floating(self.module).dtype)).float()
+
+    def normalised(self, observations: Tensor) -> Tensor:
+        """Observations in the environment's units as the module is fed them: normalised, and encoded."""
+        return self.encoder(normalise(observations, self.observation_mean, self.observation_std, self.observation_clip))
 
     def _as_batch(self, given: Tensor) -> tuple[Tensor, bool]:
         """[*leading, B, *obs], and whether only one observation, without B, was given."""

@@ -1,0 +1,98 @@
+"""Imitation: distil a dataset into another one, for other learners, by a teacher's word instead of reward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from .dataset import load
+from .envs import make_env, stream_seed
+from .evaluation import check_matches, trained_family
+from .meta_ppo import MetaPPO
+from .policies import action_distribution
+from .teaching import StackedPolicy, keep_random_state, teach_many
+
+#: Learners whose mean output is the expert: what any of them does by chance is averaged out.
+EXPERTS = 16
+#: Steps that each of them takes before training.
+EXPERT_STEPS = 1000
+
+
+class Imitation(MetaPPO):
+    """Distils an expert into a synthetic batch: what taught learners did is compared with what the expert would have done.
+
+    Pairs begin as random states of the expert's own episodes with its outputs; the normaliser is the expert's. As in :class:`MetaPPO` fresh learners act, so the states are those that learners reach (DAgger, Ross et al. 2011); the
+    loss is KL(expert ‖ learner) in each of them, back-propagated through the step. It has no noise of returns in it, so it
+    takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
+
+    Args:
+        spec: as in :class:`MetaPPO`.
+        expert: a dataset, by name in the zoo or by path; the expert is the mean output of 16 learners taught on it.
+        kwargs: of :class:`MetaPPO`.
+    """
+
+    def __init__(self, spec: dict[str, Any], expert: str, **kwargs: Any) -> None:
+        super().__init__(spec, **kwargs)
+        dataset = load(expert)
+        check_matches(dataset, self.spec)
+        self.expert_log_std = dataset.log_std
+        with keep_random_state(torch.device("cpu")):
+            torch.manual_seed(0)
+            # In a list: the expert is no part of this module's state.
+            self._expert: list[StackedPolicy] = [teach_many(trained_family(dataset), dataset, EXPERTS)]
+        moments = self.observation_moments
+        moments.mean.copy_(dataset.observation_mean)
+        moments.variance.copy_(dataset.observation_std.square())
+        moments.count.fill_(torch.inf)  # nothing that is seen moves them
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.iteration == 0:
+            self._begin_with(self._episodes())
+
+    @torch.no_grad()
+    def _begin_with(self, observations: Tensor) -> None:
+        """Pairs from states [m, *obs] of the expert."""
+        self.env_steps += len(observations)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
+        (expert,), batch = self._expert, self.synthetic_batch
+        chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)]
+        batch.observations.copy_(expert.normalised(chosen))
+        batch.targets.copy_(self.expert_output(chosen))
+
+    @torch.no_grad()
+    def _episodes(self) -> Tensor:
+        """States [m, *obs] in which the expert acted, of as many environments as there are experts."""
+        data, (expert,) = self.trainer.datamodule, self._expert
+        env = make_env(self.spec, EXPERTS, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
+        try:
+            state, states = env.reset(), []
+            for _ in range(EXPERT_STEPS):
+                states.append(state["observation"].float())
+                state["action"] = expert(states[-1], sample=True)
+                _, state = env.step_and_maybe_reset(state)
+        finally:
+            env.close()
+        return torch.cat(states)
+
+    def expert_output(self, observations: Tensor) -> Tensor:
+        """Mean output [B, d] of the experts for an environment's observations [B, *obs]."""
+        (expert,) = self._expert
+        expert.to(observations.device)
+        return expert.output(observations.expand(EXPERTS, *observations.shape)).mean(0)
+
+    @torch.no_grad()
+    def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
+        output = self.expert_output(rollout["observation"].float().flatten(0, 1))
+        return super()._samples(rollout) | {"expert": output.unflatten(0, (self.learners, -1))}
+
+    def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
+        policy = action_distribution(self.family.forward(self.policy_params(), batch["observation"]), self.log_std)
+        expert_log_std = None if self.log_std is None else self.expert_log_std.to(self.log_std)
+        loss = kl_divergence(action_distribution(batch["expert"], expert_log_std), policy).mean()
+        return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
