@@ -1,0 +1,88 @@
+"""What a run costs, extrapolated from its first iterations: the table of docs/costs.md.
+
+    python benchmarks/costs.py conf/*.yaml
+
+Each config runs in a process of its own, without evaluations. CPU time is of all threads: what else the machine does
+changes it little, unlike the time on the clock, of which it is an upper bound on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+ITERATIONS, WARM_UP = 8, 2
+COSTS = Path(__file__).parents[1] / "docs" / "costs.md"
+BEGIN, END = "<!-- costs: begin -->", "<!-- costs: end -->"
+MARK = "costs:"
+
+
+class Costs(L.Callback):
+    """Prints CPU seconds and environment steps of the iterations after the warm-up, and the process's peak memory."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == WARM_UP - 1:
+            self.began, self.steps = time.process_time(), int(pl_module.env_steps)
+        if batch_idx == ITERATIONS - 1:
+            costs = {
+                "cpu": time.process_time() - self.began,
+                "steps": int(pl_module.env_steps) - self.steps,
+                "all_steps": trainer.datamodule.env_steps,
+                "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts kilobytes
+            }
+            print(MARK, json.dumps(costs), flush=True)
+
+
+def measure(config: Path) -> dict[str, float]:
+    options = [
+        f"--trainer.limit_train_batches={ITERATIONS}",
+        "--trainer.limit_val_batches=0",
+        "--trainer.limit_test_batches=0",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu",
+        "--trainer.callbacks+=costs.Costs",
+    ]
+    command = [sys.executable, "-m", "lightning_distill.cli", "fit", f"--config={config.resolve()}", *options]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    raise RuntimeError(f"{config}: {done.stderr[-2000:]}")
+
+
+def main() -> None:
+    rows = []
+    for config in map(Path, sys.argv[1:]):
+        found = measure(config)
+        per_second = found["steps"] / found["cpu"]
+        minutes = found["all_steps"] / per_second / 60
+        rows.append(
+            f"| `{config}` | {found['all_steps'] / 1e6:g} M | {per_second:,.0f} | {minutes:.1f} | {found['megabytes']:.0f} |"
+        )
+        print(rows[-1], flush=True)
+    table = [
+        "| config | environment steps | steps per CPU second | CPU minutes of training | peak memory, MB |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    content = "\n".join([BEGIN, *table, END])
+    COSTS.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: content, COSTS.read_text(), flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the documents show works: commands parse, Python blocks run, links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lightning_distill.cli import TRAINING, main
+from lightning_distill.shell import COMMANDS, _parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"^ *(?:\w+=\S+ |srun )*lightning(?:-distill)? (?P<arguments>.+)$", re.MULTILINE)
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#]+)?(?:#(?P<anchor>[^)]+))?\)")
+
+
+def texts():
+    """Name → text of every document, and of the prose of every notebook."""
+    found = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
+        found[str(path.relative_to(ROOT))] = "\n\n".join(cells)
+    return found
+
+
+def commands():
+    shown = [match["arguments"] for text in texts().values() for match in COMMAND.finditer(text)]
+    return sorted({arguments.split(" #")[0].strip() for arguments in shown})
+
+
+def blocks(text, language):
+    return [match["text"] for match in BLOCK.finditer(text) if match["language"] == language]
+
+
+@pytest.fixture
+def readers_folder(tmp_path, monkeypatch):
+    """Where a reader has typed off the configs (whose first line names the file) and modules that documents speak of."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    for text in texts().values():
+        for block in blocks(text, "yaml"):
+            (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    (tmp_path / "my_package.py").write_text(blocks(texts()["docs/your_own.md"], "python")[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command, readers_folder, capsys):
+    name, *arguments = shlex.split(command)
+    assert name in (*TRAINING, *COMMANDS)
+    if name in COMMANDS:
+        _parser(name).parse_args(arguments)
+        return
+    with pytest.raises(SystemExit) as ended:
+        main([name, *arguments, "--print_config"])
+    assert ended.value.code == 0, capsys.readouterr().err[-500:]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/file_format.md", "docs/your_own.md"])
+def test_python_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks(texts()[name], "python")), {"__name__": "reader"})
+
+
+def heading_anchors(path):
+    """As GitHub makes them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", path.read_text())
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", texts())
+def test_links_lead_somewhere(name):
+    for link in LINK.finditer(texts()[name]):
+        target = (ROOT / name).parent / link["path"] if link["path"] else ROOT / name
+        assert target.exists(), link[0]
+        assert not link["anchor"] or link["anchor"] in heading_anchors(target), link[0]
