@@ -67,8 +67,16 @@ class ActionNoise(nn.Module):
             half_range = (torch.tensor(spec.action_high) - torch.tensor(spec.action_low)) / 2
             half_range = torch.where(half_range.isfinite(), half_range, torch.ones_like(half_range))
             self.register_buffer("log_half_range", half_range.log(), persistent=False)
+            self.register_buffer("log_share", torch.zeros(()))
+
+    def anneal(self, share: float) -> None:
+        """From now on noise is this share, in (0, 1], of what is learned."""
+        if self.continuous:
+            self.log_share.fill_(math.log(share))
 
     @property
     def log_std(self) -> Tensor | None:
         """Log standard deviation [d] of actions in the environment's units; None if discrete."""
-        return self.relative.clamp(min=self.log_std_min) + self.log_half_range if self.continuous else None
+        if not self.continuous:
+            return None
+        return self.relative.clamp(min=self.log_std_min) + self.log_share + self.log_half_range

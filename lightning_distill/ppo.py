@@ -82,6 +82,7 @@ class PPO(L.LightningModule):
         scheduler: called with an optimiser and the number of iterations; stepped once an iteration, for both.
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
+        final_noise: share of the learned standard deviation that is left at the end of the run; it falls linearly.
     """
 
     def __init__(
@@ -105,8 +106,11 @@ class PPO(L.LightningModule):
         scheduler: Callable[[Optimizer, int], LRScheduler] = LinearAnneal,
         log_std: float = 0.0,
         log_std_min: float = -3.0,
+        final_noise: PositiveFloat = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < final_noise <= 1:
+            raise ConfigError(f"model.final_noise={final_noise}: allowed are numbers above 0, up to 1")
         # The command line gives plain values, all of which a checkpoint can hold; objects given in Python stay outside.
         objects = ("spec", "family", "optimizer", "critic_optimizer", "scheduler")
         self.save_hyperparameters(ignore=() if isinstance(spec, dict) else objects)
@@ -115,6 +119,7 @@ class PPO(L.LightningModule):
         self.family = as_family(family)
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip, self.target_kl, self.entropy_coef, self.value_coef = clip, target_kl, entropy_coef, value_coef
+        self.final_noise = final_noise
         self.epochs, self.minibatches, self.max_grad_norm = epochs, minibatches, max_grad_norm
         self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
@@ -152,6 +157,8 @@ class PPO(L.LightningModule):
         torch.manual_seed(stream_seed(self.seed, self.global_rank, int(self.iteration)))
         moments = self.observation_moments
         self._normaliser = moments.mean.float(), moments.std.float()
+        progress = min(int(self.iteration) / self._iterations, 1.0)
+        self.actor.noise.anneal(1 - (1 - self.final_noise) * progress)
         self.draw()
         with self._precision():
             self._acting = self.policy_params()
@@ -374,8 +381,8 @@ class PPO(L.LightningModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         optimizers = [self.optimizer(self.actor.parameters()), self.critic_optimizer(self._critic_params())]
-        iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
-        return optimizers, [self.scheduler(optimizer, iterations) for optimizer in optimizers]
+        self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
+        return optimizers, [self.scheduler(optimizer, self._iterations) for optimizer in optimizers]
 
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed() % 2**31

@@ -246,3 +246,23 @@ def test_probe_discounting(gamma, waits):
 def test_probe_terminal_states_and_time_limits():
     _, positive = preference("ProbeEndOrTimeLimit-v0", gamma=0.9)
     assert positive > 0.7
+
+
+def test_noise_falls_linearly_to_its_final_share():
+    class Seen(MetaPPO):
+        seen = ()
+
+        def begin_rollout(self):
+            super().begin_rollout()
+            with torch.no_grad():
+                learned = self.actor.noise.relative.clamp(min=self.actor.noise.log_std_min)
+                self.seen = (*self.seen, (self.log_std - self.actor.noise.log_half_range - learned).exp())
+
+    module = small_run("Pendulum-v1", Seen, iterations=4, pairs=3, learners=4, final_noise=0.2)
+    shares = torch.stack(module.seen).squeeze(1)
+    assert shares[0] == 1
+    # The collector asks once when it is made, so the first share is there twice.
+    assert torch.allclose(shares[-4:], torch.tensor([1.0, 0.8, 0.6, 0.4]))
+    assert torch.allclose(module.distilled().log_std, module.log_std)
+    with pytest.raises(ConfigError, match=r"final_noise=1\.5"):
+        MetaPPO(SPECS["continuous"], final_noise=1.5)
