@@ -25,9 +25,10 @@ EXPERT_STEPS = 1000
 class Imitation(MetaPPO):
     """Distils an expert into a synthetic batch: what taught learners did is compared with what the expert would have done.
 
-    Pairs begin as random states of the expert's own episodes with its outputs; the normaliser is the expert's. As in :class:`MetaPPO` fresh learners act, so the states are those that learners reach (DAgger, Ross et al. 2011); the
-    loss is KL(expert ‖ learner) in each of them, back-propagated through the step. It has no noise of returns in it, so it
-    takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
+    Pairs begin as random states of the expert's own episodes with its outputs; normaliser and noise are the expert's. As in
+    :class:`MetaPPO` fresh learners act, so the states are those that learners reach (DAgger, Ross et al. 2011); the loss is
+    KL(expert ‖ learner) in each of them, back-propagated through the step. It has no noise of returns in it, so it takes a
+    small part of the steps that reward takes; what it reaches is the expert's return at best.
 
     Args:
         spec: as in :class:`MetaPPO`.
@@ -56,13 +57,15 @@ class Imitation(MetaPPO):
 
     @torch.no_grad()
     def _begin_with(self, observations: Tensor) -> None:
-        """Pairs from states [m, *obs] of the expert."""
+        """Pairs from states [m, *obs] of the expert, and its noise."""
         self.env_steps += len(observations)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
         (expert,), batch = self._expert, self.synthetic_batch
         chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)]
         batch.observations.copy_(expert.normalised(chosen))
         batch.targets.copy_(self.expert_output(chosen))
+        if self.expert_log_std is not None:
+            batch.noise.relative.copy_(self.expert_log_std - batch.noise.log_half_range)
 
     @torch.no_grad()
     def _episodes(self) -> Tensor:

