@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from .dataset import load
 from .envs import make_env, stream_seed
@@ -95,7 +94,16 @@ class Imitation(MetaPPO):
 
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
-        policy = action_distribution(self.family.forward(self.policy_params(), batch["observation"]), self.log_std)
-        expert_log_std = None if self.log_std is None else self.expert_log_std.to(self.log_std)
-        loss = kl_divergence(action_distribution(batch["expert"], expert_log_std), policy).mean()
+        output = self.family.forward(self.policy_params(), batch["observation"])
+        policy = action_distribution(output, self.log_std)
+        loss = divergence(batch["expert"], self.expert_log_std, output, self.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
+
+
+def divergence(expert: Tensor, expert_log_std: Tensor | None, output: Tensor, log_std: Tensor | None) -> Tensor:
+    """KL(expert ‖ learner) [...] of two policies with these outputs [..., d] and, of Gaussians, log standard deviations [d]."""
+    if log_std is None:
+        return (expert.softmax(-1) * (expert.log_softmax(-1) - output.log_softmax(-1))).sum(-1)
+    expert_log_std = expert_log_std.to(log_std)
+    squares = (2 * expert_log_std).exp() + (expert - output).square()
+    return (log_std - expert_log_std + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)

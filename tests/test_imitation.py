@@ -3,9 +3,10 @@
 import pytest
 import torch
 from test_meta_ppo import small_run
+from torch.distributions import Categorical, Normal, kl_divergence
 
 from lightning_distill import MLP, ConfigError, evaluate, load, teach_many
-from lightning_distill.imitation import EXPERTS, Imitation
+from lightning_distill.imitation import EXPERTS, Imitation, divergence
 
 
 def other_learners(iterations, model=Imitation):
@@ -77,6 +78,14 @@ def test_gradient_of_the_divergence_reaches_the_batch_alone():
         assert touched == {key for key, _ in module.named_parameters() if key.startswith("actor.")}
         assert not log_ratio.any()
         assert entropy.isfinite()
+
+
+def test_divergences_are_those_of_torch():
+    expert, output, log_stds = torch.randn(3, 5, 2), torch.randn(3, 5, 2), torch.randn(2, 2)
+    categorical = [Categorical(logits=logits) for logits in (expert, output)]
+    torch.testing.assert_close(divergence(expert, None, output, None), kl_divergence(*categorical))
+    normal = [Normal(mean, log_std.exp()) for mean, log_std in zip((expert, output), log_stds, strict=True)]
+    torch.testing.assert_close(divergence(expert, log_stds[0], output, log_stds[1]), kl_divergence(*normal).sum(-1))
 
 
 def test_an_expert_of_another_environment_is_refused():
