@@ -8,7 +8,6 @@ import torch
 from jsonargparse.typing import PositiveFloat
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from .dataset import load
 from .envs import make_env, stream_seed
@@ -26,9 +25,10 @@ EXPERT_STEPS = 1000
 class Imitation(MetaPPO):
     """Distils an expert into a synthetic batch: what taught learners did is compared with what the expert would have done.
 
-    Pairs begin as random states of the expert's own episodes with its outputs; the normaliser is the expert's. As in :class:`MetaPPO` fresh learners act, so the states are those that learners reach (DAgger, Ross et al. 2011); the
-    loss is KL(expert ‖ learner) in each of them, back-propagated through the step. It has no noise of returns in it, so it
-    takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
+    Pairs begin as random states of the expert's own episodes with its outputs; normaliser and noise are the expert's. As in
+    :class:`MetaPPO` fresh learners act, so the states are those that learners reach (DAgger, Ross et al. 2011); the loss is
+    KL(expert ‖ learner) in each of them, back-propagated through the step. It has no noise of returns in it, so it takes a
+    small part of the steps that reward takes; what it reaches is the expert's return at best.
 
     Args:
         spec: as in :class:`MetaPPO`.
@@ -58,13 +58,15 @@ class Imitation(MetaPPO):
 
     @torch.no_grad()
     def _begin_with(self, observations: Tensor) -> None:
-        """Pairs from states [m, *obs] of the expert."""
+        """Pairs from states [m, *obs] of the expert, and its noise."""
         self.env_steps += len(observations)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
         (expert,), batch = self._expert, self.synthetic_batch
         chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)]
         batch.observations.copy_(expert.normalised(chosen))
         batch.targets.copy_(self.expert_output(chosen))
+        if self.expert_log_std is not None:
+            batch.noise.relative.copy_(self.expert_log_std - batch.noise.log_half_range)
 
     @torch.no_grad()
     def _episodes(self) -> Tensor:
@@ -94,7 +96,16 @@ class Imitation(MetaPPO):
 
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
-        policy = action_distribution(self.family.forward(self.policy_params(), batch["observation"]), self.log_std)
-        expert_log_std = None if self.log_std is None else self.expert_log_std.to(self.log_std)
-        loss = kl_divergence(action_distribution(batch["expert"], expert_log_std), policy).mean()
+        output = self.family.forward(self.policy_params(), batch["observation"])
+        policy = action_distribution(output, self.log_std)
+        loss = divergence(batch["expert"], self.expert_log_std, output, self.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
+
+
+def divergence(expert: Tensor, expert_log_std: Tensor | None, output: Tensor, log_std: Tensor | None) -> Tensor:
+    """KL(expert ‖ learner) [...] of two policies with these outputs [..., d] and, of Gaussians, log standard deviations [d]."""
+    if log_std is None:
+        return (expert.softmax(-1) * (expert.log_softmax(-1) - output.log_softmax(-1))).sum(-1)
+    expert_log_std = expert_log_std.to(log_std)
+    squares = (2 * expert_log_std).exp() + (expert - output).square()
+    return (log_std - expert_log_std + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)
