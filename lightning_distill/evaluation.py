@@ -160,7 +160,9 @@ class Evaluator:
         """
         check_matches(dataset, self.spec)
         # Environments outlive this call: nothing in them may be a tensor of a caller's inference mode.
-        with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad():
+        # In full precision, whatever a trainer's is: a file's returns are those that its user gets.
+        exact = torch.autocast(self.device.type, enabled=False)
+        with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad(), exact:
             torch.manual_seed(stream_seed(seed, 1, evaluation=True))
             if taught:
                 policy = teach_many(family, dataset, self.learners, device=self.device)
