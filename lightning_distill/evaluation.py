@@ -190,7 +190,9 @@ class Evaluator:
             greedy, seed: as above.
         """
         # Environments outlive this call: nothing in them may be a tensor of a caller's inference mode.
-        with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad():
+        # In full precision, whatever a trainer's is: a file's returns are those that its user gets.
+        exact = torch.autocast(self.device.type, enabled=False)
+        with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad(), exact:
             torch.manual_seed(stream_seed(seed, 1, evaluation=True))
             policy = draw()
             env = self._env(stream_seed(seed, 2, evaluation=True))

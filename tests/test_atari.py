@@ -283,6 +283,13 @@ def test_imported_files_play_by_our_protocol(level, tmp_path):
     assert evaluation.returns.isfinite().all()
 
 
+def test_evaluation_does_not_depend_on_the_precision_of_training():
+    dataset, options = module(4).distilled(), {"learners": 3, "env_kwargs": {"max_num_frames_per_episode": 400}}
+    expected = evaluate(dataset, **options).returns
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(evaluate(dataset, **options).returns, expected)
+
+
 # --- seeing ----------------------------------------------------------------------------------------------------------
 
 
