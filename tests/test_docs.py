@@ -4,14 +4,17 @@ import re
 import shlex
 from pathlib import Path
 
+import gymnasium
 import nbformat
 import pytest
+import torch
 
 from lightning_distill.cli import TRAINING, main
 from lightning_distill.shell import COMMANDS, _parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMAND = re.compile(r"^ *(?:\w+=\S+ |srun )*lightning(?:-distill)? (?P<arguments>.+)$", re.MULTILINE)
 BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#]+)?(?:#(?P<anchor>[^)]+))?\)")
@@ -20,7 +23,7 @@ LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#]+)?(?:#(?P<anchor>[^)]+))?\)")
 def texts():
     """Name → text of every document, and of the prose of every notebook."""
     found = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
+    for path in NOTEBOOKS:
         cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
         found[str(path.relative_to(ROOT))] = "\n\n".join(cells)
     return found
@@ -42,6 +45,10 @@ def readers_folder(tmp_path, monkeypatch):
     for text in texts().values():
         for block in blocks(text, "yaml"):
             (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    for cell in (cell for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells):
+        if cell.source.startswith("%%writefile "):
+            first, _, content = cell.source.partition("\n")
+            (tmp_path / first.split()[1]).write_text(content)
     (tmp_path / "my_package.py").write_text(blocks(texts()["docs/your_own.md"], "python")[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -59,10 +66,29 @@ def test_command_parses(command, readers_folder, capsys):
     assert ended.value.code == 0, capsys.readouterr().err[-500:]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/file_format.md", "docs/your_own.md"])
+def run_python(name):
+    """The names that a document's Python defines."""
+    defined = {"__name__": "reader"}
+    exec("\n".join(blocks(texts()[name], "python")), defined)
+    return defined
+
+
+@pytest.mark.parametrize("name", ["docs/file_format.md", "docs/your_own.md"])
 def test_python_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks(texts()[name], "python")), {"__name__": "reader"})
+    run_python(name)
+
+
+def test_the_readme_teaches_a_network_that_plays():
+    torch.manual_seed(0)
+    policy = run_python("README.md")["policy"]
+    env = gymnasium.make("CartPole-v1")
+    observation, _ = env.reset(seed=0)
+    total, done = 0.0, False
+    while not done:
+        observation, reward, terminated, truncated, _ = env.step(policy(observation))
+        total, done = total + reward, terminated or truncated
+    assert total == 500
 
 
 def heading_anchors(path):
