@@ -23,12 +23,12 @@ EXPERT_STEPS = 1000
 
 
 class Imitation(MetaPPO):
-    """Distils an expert into a synthetic batch: what taught learners did is compared with what the expert would have done.
+    """Distils an expert into a synthetic batch: what fresh learners would do after the step is compared with what it does.
 
-    Pairs begin as random states of the expert's own episodes with its outputs; normaliser and noise are the expert's. As in
-    :class:`MetaPPO` fresh learners act, so the states are those that learners reach (DAgger, Ross et al. 2011); the loss is
-    KL(expert ‖ learner) in each of them, back-propagated through the step. It has no noise of returns in it, so it takes a
-    small part of the steps that reward takes; what it reaches is the expert's return at best.
+    The expert acts; the loss is KL(expert ‖ learner) in the states that it visits, back-propagated through the step. Pairs
+    begin as random states of its episodes with its outputs; normaliser and noise are the expert's. There is no noise of
+    returns in it, so it takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
+    Learners' own states (DAgger, Ross et al. 2011) make a worse batch: those of learners that fall over outweigh all others.
 
     Args:
         spec: as in :class:`MetaPPO`.
@@ -86,13 +86,19 @@ class Imitation(MetaPPO):
     def expert_output(self, observations: Tensor) -> Tensor:
         """Mean output [B, d] of the experts for an environment's observations [B, *obs]."""
         (expert,) = self._expert
-        expert.to(observations.device)
-        return expert.output(observations.expand(EXPERTS, *observations.shape)).mean(0)
+        return expert.to(observations.device).output(observations.expand(EXPERTS, *observations.shape)).mean(0)
 
     @torch.no_grad()
+    def act(self, state: TensorDictBase) -> TensorDictBase:
+        """The collector's policy is the expert."""
+        state["output"] = self.expert_output(state["observation"].float())
+        log_std = None if self.expert_log_std is None else self.expert_log_std.to(state.device)
+        state["action"] = action_distribution(state["output"], log_std).sample()
+        return state
+
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
-        output = self.expert_output(rollout["observation"].float().flatten(0, 1))
-        return super()._samples(rollout) | {"expert": output.unflatten(0, (self.learners, -1))}
+        expert = rollout["output"].unflatten(0, (self.learners, -1)).flatten(1, 2)
+        return super()._samples(rollout) | {"expert": expert}
 
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
