@@ -38,7 +38,7 @@ class Costs(L.Callback):
                 "cpu": time.process_time() - self.began,
                 "steps": int(pl_module.env_steps) - self.steps,
                 "all_steps": trainer.datamodule.env_steps,
-                "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts kilobytes
+                "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts KiB
             }
             print(MARK, json.dumps(costs), flush=True)
 
@@ -72,11 +72,11 @@ def main() -> None:
         per_second = found["steps"] / found["cpu"]
         minutes = found["all_steps"] / per_second / 60
         rows.append(
-            f"| `{config}` | {found['all_steps'] / 1e6:g} M | {per_second:,.0f} | {minutes:.1f} | {found['megabytes']:.0f} |"
+            f"| `{config}` | {found['all_steps'] / 1e6:g} M | {per_second:,.0f} | {minutes:.1f} | {found['mebibytes']:.0f} |"
         )
         print(rows[-1], flush=True)
     table = [
-        "| config | environment steps | steps per CPU second | CPU minutes of training | peak memory, MB |",
+        "| config | environment steps | steps per CPU second | CPU minutes of training | peak memory, MiB |",
         "|---|---|---|---|---|",
         *rows,
     ]
