@@ -84,6 +84,7 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
         import ale_py
 
         gymnasium.register_envs(ale_py)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each game made
     try:
         with _known_warnings_filtered():
             return gymnasium.make(env, disable_env_checker=True, **kwargs)
