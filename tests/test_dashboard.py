@@ -42,7 +42,7 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
-        patch.setattr(wandb, "run", None)
+        wandb.teardown()  # it would remember the mode of runs before
         for name in sent:
             patch.setattr(wandb.Run, name, spied(getattr(wandb.Run, name), sent[name]))
         main(
@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
                 "--trainer.enable_progress_bar=false",
             ]
         )
-        wandb.finish()
+        wandb.teardown()
     return folder / "runs", sent
 
 

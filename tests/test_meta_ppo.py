@@ -158,16 +158,20 @@ def test_nothing_of_an_update_is_left_behind():
 
 
 def test_each_state_has_the_critics_value_as_a_next_state_too(monkeypatch):
-    """Next states are not valued a second time; at ends of episodes and rollouts they are no state acted in."""
+    """Next states are not valued a second time; at ends of episodes and rollouts they are no state acted in.
+
+    What is said to follow a terminal state does not count.
+    """
     given, expected = [], []
 
-    def record(*arguments):
-        given.append(arguments[2])
-        return generalized_advantages(*arguments)
+    def record(reward, value, next_value, terminated, *arguments):
+        given.append(next_value.masked_fill(terminated, 0.0))
+        return generalized_advantages(reward, value, next_value, terminated, *arguments)
 
     class Expected(MetaPPO):
         def _samples(self, rollout):
-            expected.append(self.critic(self.normalise(rollout["next", "observation"])).squeeze(-1).detach())
+            value = self.critic(self.normalise(rollout["next", "observation"])).detach()
+            expected.append(value.masked_fill(rollout["next", "terminated"], 0.0).squeeze(-1))
             return super()._samples(rollout)
 
     monkeypatch.setattr("lightning_distill.ppo.generalized_advantages", record)
