@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveFloat
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -33,12 +32,11 @@ class Imitation(MetaPPO):
     Args:
         spec: as in :class:`MetaPPO`.
         expert: a dataset, by name in the zoo or by path; the expert is the mean output of 16 learners taught on it.
-        final_noise: as in :class:`MetaPPO`; an expert's noise is a final one already.
         kwargs: of :class:`MetaPPO`.
     """
 
-    def __init__(self, spec: dict[str, Any], expert: str, final_noise: PositiveFloat = 1.0, **kwargs: Any) -> None:
-        super().__init__(spec, final_noise=final_noise, **kwargs)
+    def __init__(self, spec: dict[str, Any], expert: str, **kwargs: Any) -> None:
+        super().__init__(spec, **kwargs)
         dataset = load(expert)
         check_matches(dataset, self.spec)
         self.expert_log_std = dataset.log_std

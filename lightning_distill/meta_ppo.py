@@ -47,7 +47,7 @@ class MetaPPO(PPO):
         line_search_scale: initial α of ``line_search``.
         newton_ridge: initial λ of ``newton`` and ``projection``.
         projection_step: initial κ of ``projection``.
-        target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std, final_noise: as in :class:`lightning_distill.ppo.PPO`.
+        target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
@@ -72,7 +72,6 @@ class MetaPPO(PPO):
             p, lr=1e-3, eps=1e-5, fused=True
         ),
         log_std: float = -0.5,
-        final_noise: PositiveFloat = 0.1,
         encoded_pairs: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -101,7 +100,6 @@ class MetaPPO(PPO):
             optimizer=optimizer,
             critic_optimizer=critic_optimizer,
             log_std=log_std,
-            final_noise=final_noise,
             **kwargs,
         )
 
