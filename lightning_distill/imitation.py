@@ -73,7 +73,7 @@ class Imitation(MetaPPO):
         env = make_env(self.spec, EXPERTS, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
-            for _ in range(EXPERT_STEPS):
+            for _ in range(10 if self.trainer.fast_dev_run else EXPERT_STEPS):
                 states.append(state["observation"].float())
                 state["action"] = expert(states[-1], sample=True)
                 _, state = env.step_and_maybe_reset(state)
