@@ -90,7 +90,7 @@ class Imitation(MetaPPO):
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
         state["output"] = self.expert_output(state["observation"].float())
-        log_std = None if self.expert_log_std is None else self.expert_log_std.to(state.device)
+        log_std = None if self.expert_log_std is None else self.expert_log_std.to(state["output"].device)
         state["action"] = action_distribution(state["output"], log_std).sample()
         return state
 
