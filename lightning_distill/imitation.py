@@ -73,7 +73,7 @@ class Imitation(MetaPPO):
         env = make_env(self.spec, EXPERTS, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
-            for _ in range(EXPERT_STEPS):
+            for _ in range(10 if self.trainer.fast_dev_run else EXPERT_STEPS):
                 states.append(state["observation"].float())
                 state["action"] = expert(states[-1], sample=True)
                 _, state = env.step_and_maybe_reset(state)
@@ -90,7 +90,7 @@ class Imitation(MetaPPO):
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
         state["output"] = self.expert_output(state["observation"].float())
-        log_std = None if self.expert_log_std is None else self.expert_log_std.to(state["observation"].device)
+        log_std = None if self.expert_log_std is None else self.expert_log_std.to(state["output"].device)
         state["action"] = action_distribution(state["output"], log_std).sample()
         return state
 
@@ -102,14 +102,13 @@ class Imitation(MetaPPO):
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
         output = self.family.forward(self.policy_params(), batch["observation"])
         policy = action_distribution(output, self.log_std)
-        loss = divergence(batch["expert"], self.expert_log_std, output, self.log_std).mean()
+        # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
+        loss = divergence(batch["expert"], output, self.expert_log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
 
 
-def divergence(expert: Tensor, expert_log_std: Tensor | None, output: Tensor, log_std: Tensor | None) -> Tensor:
-    """KL(expert ‖ learner) [...] of two policies with these outputs [..., d] and, of Gaussians, log standard deviations [d]."""
+def divergence(expert: Tensor, output: Tensor, log_std: Tensor | None) -> Tensor:
+    """KL(expert ‖ learner) [...] of two policies with these outputs [..., d] and, if Gaussian, the same log_std [d]."""
     if log_std is None:
         return (expert.softmax(-1) * (expert.log_softmax(-1) - output.log_softmax(-1))).sum(-1)
-    expert_log_std = expert_log_std.to(log_std)
-    squares = (2 * expert_log_std).exp() + (expert - output).square()
-    return (log_std - expert_log_std + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)
+    return ((expert - output) / log_std.to(output.device).exp()).square().sum(-1) / 2
