@@ -363,7 +363,7 @@ class PPO(L.LightningModule):
         mean, std = moments.mean.float(), moments.std.float()
 
         def act(observation: Tensor, sample: bool = False) -> Tensor:
-            inputs = normalise(observation.float(), mean, std, OBSERVATION_CLIP)
+            inputs = self.encoder(normalise(observation.float(), mean, std, OBSERVATION_CLIP))
             output = self.family.forward(params, inputs.flatten(0, 1).unsqueeze(0))
             distribution = action_distribution(output.view(*observation.shape[:2], -1), log_std)
             return distribution.sample() if sample else distribution.mode
