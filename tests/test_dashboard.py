@@ -42,7 +42,8 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
-        wandb.teardown()  # it would remember the mode of runs before
+        wandb.teardown()  # it would remember the mode of runs before,
+        patch.setattr(wandb, "run", None)  # and the last of them
         for name in sent:
             patch.setattr(wandb.Run, name, spied(getattr(wandb.Run, name), sent[name]))
         main(

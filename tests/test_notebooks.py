@@ -32,7 +32,7 @@ def test_notebook_runs_and_keeps_its_outputs(path, tmp_path, monkeypatch):
     executed = nbformat.read(path, 4)
     for cell in code(executed):
         cell.outputs = []
-    NotebookClient(executed, timeout=180, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(executed, timeout=280, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert [shown(cell) for cell in code(kept)] == [shown(cell) for cell in code(executed)]
     assert any("image/png" in output.get("data", {}) for cell in code(kept) for output in cell.outputs)
 
