@@ -35,6 +35,37 @@ def test_terminal_observation_is_kept_and_only_finished_environments_restart(bac
     assert finished > 5
 
 
+@pytest.mark.parametrize("backend", ["gymnasium", "envpool", "processes"])
+def test_training_is_in_all_phases_of_an_episode_at_once(backend):
+    """Pendulum's episodes are 200 steps long: first ones are cut so that ends never coincide again."""
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    env = make_env(env_spec("Pendulum-v1"), 4, seed=0, backend=backend, training=True)
+    state, ends = env.reset(), []
+    for step in range(1, 501):
+        state["action"] = env.action_spec.rand()
+        result, state = env.step_and_maybe_reset(state)
+        done, truncated = (result["next", key].squeeze(-1) for key in ("done", "truncated"))
+        assert torch.equal(done, truncated), "the value of what would have come is kept"
+        ends += [(step, i) for i in done.nonzero().flatten().tolist()]
+        assert not torch.isclose(result["next", "observation"][done], state["observation"][done]).all(1).any()
+    first = [(50, 0), (100, 1), (150, 2), (200, 3)]
+    assert ends == first + [(step + 200, i) for step, i in first] + [(450, 0), (500, 1)]
+    env.close()
+
+
+def test_who_ends_by_itself_is_not_cut():
+    env = make_env(env_spec("Hopper-v5"), 2, seed=0, backend="gymnasium", training=True)
+    state = env.reset()
+    ended = torch.zeros(2, dtype=torch.bool)
+    for _ in range(1000):
+        state["action"] = env.action_spec.rand()
+        result, state = env.step_and_maybe_reset(state)
+        ended |= result["next", "terminated"].squeeze(-1)
+        assert not result["next", "truncated"].any()
+    assert ended.all()
+
+
 def test_faster_backend_has_the_same_physics():
     """From the same state, the same actions: the simulators agree as far as their chaos lets them."""
     pytest.importorskip("envpool")

@@ -135,14 +135,15 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
 
     made = _gymnasium_env(env, kwargs)
     observation, action = made.observation_space, made.action_space
+    rest = {"kwargs": kwargs, "time_limit": made.spec.max_episode_steps}
     made.close()
     if not isinstance(observation, Box) or observation.shape == ():
         raise ConfigError(f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape")
     if isinstance(action, Discrete) and action.start == 0:
-        return EnvSpec(env, observation.shape, "discrete", int(action.n), kwargs=kwargs)
+        return EnvSpec(env, observation.shape, "discrete", int(action.n), **rest)
     if isinstance(action, Box) and len(action.shape) == 1:
         bounds = action.low.tolist(), action.high.tolist()
-        return EnvSpec(env, observation.shape, "continuous", action.shape[0], *bounds, kwargs=kwargs)
+        return EnvSpec(env, observation.shape, "continuous", action.shape[0], *bounds, **rest)
     raise ConfigError(
         f"data.env={env!r} has the action space {action}; allowed: Discrete starting at 0, or Box with one dimension"
     )
@@ -197,7 +198,8 @@ def make_env(
             envpool where it has the id. Atari games have a simulator of their own.
         threads: of envpool and of the Atari emulator.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
-        training: Atari alone: clip rewards, and end an episode with a lost life.
+        training: first episodes are cut at staggered times, see :class:`VectorEnv`; Atari: clip rewards, and end an episode
+            with a lost life.
 
     Raises:
         ConfigError: the backend cannot make the environment.
@@ -226,9 +228,10 @@ def make_env(
                 f"data.backend='envpool' cannot make {spec.id!r} with env_kwargs={spec.kwargs}; allowed: an id that an "
                 "installed envpool (extra 'fast') lists, without env_kwargs. Otherwise: auto, gymnasium, processes"
             )
-        return VectorEnv(spec, num_envs, partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads), seed)
+        simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads)
+        return VectorEnv(spec, num_envs, simulator, seed, stagger=training)
     simulator = ProcessSimulator if backend == "processes" else GymnasiumSimulator
-    return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed)
+    return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed, stagger=training)
 
 
 def _make(simulator: Any, spec: EnvSpec, num_envs: int, seed: int, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ class EnvSpec:
     Attributes:
         id: Gymnasium id, or class path of a TorchRL environment.
         kwargs: keyword arguments it was made with.
+        time_limit: steps after which Gymnasium truncates an episode; None if it does not, or nobody says.
         observation_dtype: ``float32``, or ``uint8`` for Atari frames, which are kept as bytes until they are fed.
         observation_shape: shape of one observation.
         action_type: ``discrete`` (one of ``actions`` choices) or ``continuous`` (a vector of ``actions`` numbers).
@@ -32,6 +33,7 @@ class EnvSpec:
     action_high: tuple[float, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     observation_dtype: Literal["float32", "uint8"] = "float32"
+    time_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("observation_shape", "action_low", "action_high"):
