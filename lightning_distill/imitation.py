@@ -1,4 +1,4 @@
-"""Imitation: distil a dataset into another one, for other learners, by a teacher's word instead of reward."""
+"""Imitation: distil an expert by what it does instead of by reward."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from .dataset import load
 from .envs import make_env, stream_seed
-from .evaluation import check_matches, trained_family
+from .experts import Expert, expert_from
 from .meta_ppo import MetaPPO
 from .policies import action_distribution
-from .teaching import StackedPolicy, keep_random_state, teach_many
 
-#: Learners whose mean output is the expert: what any of them does by chance is averaged out.
-EXPERTS = 16
-#: Steps that each of them takes before training.
-EXPERT_STEPS = 1000
+#: Environments in which the expert's first states are seen, and steps in each of them.
+EPISODES, STEPS = 16, 1000
 
 
 class Imitation(MetaPPO):
@@ -31,27 +27,21 @@ class Imitation(MetaPPO):
 
     Args:
         spec: as in :class:`MetaPPO`.
-        expert: a dataset, by name in the zoo or by path; the expert is the mean output of 16 learners taught on it.
-        kwargs: of :class:`MetaPPO`.
+        expert: a checkpoint of :class:`PPO` (``*.ckpt``), or a dataset, by name in the zoo or by path; a dataset's expert is the
+            mean output of 16 learners taught on it.
+        kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
     """
 
     def __init__(self, spec: dict[str, Any], expert: str, **kwargs: Any) -> None:
         super().__init__(spec, **kwargs)
-        dataset = load(expert)
-        check_matches(dataset, self.spec)
-        self.expert_log_std = dataset.log_std
-        with keep_random_state(torch.device("cpu")):
-            torch.manual_seed(0)
-            # In a list: the expert is no part of this module's state.
-            self._expert: list[StackedPolicy] = [teach_many(trained_family(dataset), dataset, EXPERTS)]
-        moments = self.observation_moments
-        moments.mean.copy_(dataset.observation_mean)
-        moments.variance.copy_(dataset.observation_std.square())
-        moments.count.fill_(torch.inf)  # nothing that is seen moves them
+        # In a list: the expert is no part of this module's state.
+        self._expert: list[Expert] = [expert_from(expert, self.spec)]
+        if self.start is None:
+            self._fix_normaliser(self._expert[0].mean, self._expert[0].std)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.iteration == 0:
+        if self.iteration == 0 and self.start is None:
             self._begin_with(self._episodes())
 
     @torch.no_grad()
@@ -61,36 +51,33 @@ class Imitation(MetaPPO):
         generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
         (expert,), batch = self._expert, self.synthetic_batch
         chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)]
-        batch.observations.copy_(expert.normalised(chosen))
-        batch.targets.copy_(self.expert_output(chosen))
-        if self.expert_log_std is not None:
-            batch.noise.relative.copy_(self.expert_log_std - batch.noise.log_half_range)
+        moments = self.observation_moments
+        batch.observations.copy_(self.encode(chosen, (moments.mean.float(), moments.std.float())))
+        batch.targets.copy_(expert.output(chosen))
+        if expert.log_std is not None:
+            batch.noise.begin_with(expert.log_std)
 
     @torch.no_grad()
     def _episodes(self) -> Tensor:
-        """States [m, *obs] in which the expert acted, of as many environments as there are experts."""
+        """States [m, *obs] in which the expert acted."""
         data, (expert,) = self.trainer.datamodule, self._expert
-        env = make_env(self.spec, EXPERTS, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
+        env = make_env(self.spec, EPISODES, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
-            for _ in range(10 if self.trainer.fast_dev_run else EXPERT_STEPS):
+            for _ in range(10 if self.trainer.fast_dev_run else STEPS):
                 states.append(state["observation"].float())
-                state["action"] = expert(states[-1], sample=True)
+                state["action"] = action_distribution(expert.output(states[-1]), expert.log_std).sample()
                 _, state = env.step_and_maybe_reset(state)
         finally:
             env.close()
         return torch.cat(states)
 
-    def expert_output(self, observations: Tensor) -> Tensor:
-        """Mean output [B, d] of the experts for an environment's observations [B, *obs]."""
-        (expert,) = self._expert
-        return expert.to(observations.device).output(observations.expand(EXPERTS, *observations.shape)).mean(0)
-
     @torch.no_grad()
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
-        state["output"] = self.expert_output(state["observation"].float())
-        log_std = None if self.expert_log_std is None else self.expert_log_std.to(state["output"].device)
+        (expert,) = self._expert
+        state["output"] = expert.output(state["observation"].float())
+        log_std = None if expert.log_std is None else expert.log_std.to(state["output"].device)
         state["action"] = action_distribution(state["output"], log_std).sample()
         return state
 
@@ -100,10 +87,10 @@ class Imitation(MetaPPO):
 
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
-        output = self.family.forward(self.policy_params(), batch["observation"])
+        output = self.family.forward(self.policy_params(), batch["input"])
         policy = action_distribution(output, self.log_std)
         # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
-        loss = divergence(batch["expert"], output, self.expert_log_std).mean()
+        loss = divergence(batch["expert"], output, self._expert[0].log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .data import Stage
-from .dataset import DistilledDataset
+from .dataset import DistilledDataset, load
 from .envs import ConfigError
-from .evaluation import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
+from .evaluation import IN_DISTRIBUTION, Evaluation, check_matches, reported_rules, row_name
 from .learners import Params
-from .ppo import OBSERVATION_CLIP, PPO
+from .ppo import OBSERVATION_CLIP, PPO, Normaliser
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
 from .teaching import with_plain_step
@@ -49,6 +49,8 @@ class MetaPPO(PPO):
         projection_step: initial κ of ``projection``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
+        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise and normaliser the run begins
+            with; the normaliser stays as it is there but for what is learned. The encoder and the critic begin anew.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
 
@@ -73,6 +75,7 @@ class MetaPPO(PPO):
         ),
         log_std: float = -0.5,
         encoded_pairs: bool = False,
+        start: str | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (("pairs", pairs), ("learners", learners)):
@@ -102,6 +105,40 @@ class MetaPPO(PPO):
             log_std=log_std,
             **kwargs,
         )
+        self.start = start
+        if start is not None:
+            self._begin_as(load(start))
+
+    @torch.no_grad()
+    def _begin_as(self, dataset: DistilledDataset) -> None:
+        check_matches(dataset, self.spec)
+        batch = self.synthetic_batch
+        for name, parameter in (("observations", batch.observations), ("targets", batch.targets)):
+            begun = getattr(dataset, name)
+            if begun.shape != parameter.shape:
+                raise ConfigError(
+                    f"model.start={self.start!r}: its {name} are {list(begun.shape)}, the synthetic batch's "
+                    f"{list(parameter.shape)}; allowed: as many pairs as model.pairs"
+                )
+            parameter.copy_(begun)
+        for name in batch.numbers:
+            if (number := getattr(dataset, name)) is None:
+                raise ConfigError(
+                    f"model.start={self.start!r}: has no {name}, which model.step_rule={self.step_rule!r} needs"
+                )
+            batch.set_number(name, number)
+        if dataset.log_std is not None:
+            batch.noise.begin_with(dataset.log_std)
+        self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
+
+    def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
+        """Take this normaliser for good. Frames have the same one always."""
+        if self.spec.frames:
+            return
+        moments = self.observation_moments
+        moments.mean.copy_(mean)
+        moments.variance.copy_(std.square())
+        moments.count.fill_(torch.inf)  # nothing that is seen moves them
 
     @property
     def synthetic_batch(self) -> SyntheticBatch:
@@ -128,6 +165,10 @@ class MetaPPO(PPO):
         rule = STEP_RULES[self.step_rule]
         return rule(self.family, self._fresh, inputs, batch.targets, *batch.numbers.values())
 
+    def policy_normaliser(self) -> Normaliser:
+        """The running normaliser, corrected by what was learned."""
+        return self._normaliser if self.spec.frames else self.synthetic_batch.corrected(*self._normaliser)
+
     def actor_metrics(self) -> dict[str, Tensor]:
         numbers = {name: number.detach() for name, number in self.synthetic_batch.numbers.items()}
         return {**super().actor_metrics(), **numbers}
@@ -153,13 +194,16 @@ class MetaPPO(PPO):
         The plain step's size is in it whatever the rule: where it is not learned, the best for the family on average.
         """
         batch, moments = self.synthetic_batch, self.observation_moments
+        mean, std = moments.mean, moments.std
+        if not self.spec.frames:
+            mean, std = batch.corrected(mean, std)
         tensors = {
             "observations": batch.observations,
             "targets": batch.targets,
             "learning_rate": torch.ones(()),
             **batch.numbers,
-            "observation_mean": moments.mean,
-            "observation_std": moments.std,
+            "observation_mean": mean,
+            "observation_std": std,
         }
         if self.log_std is not None:
             tensors["log_std"] = self.log_std

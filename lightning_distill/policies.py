@@ -69,6 +69,11 @@ class ActionNoise(nn.Module):
             self.register_buffer("log_half_range", half_range.log(), persistent=False)
             self.register_buffer("log_share", torch.zeros(()))
 
+    @torch.no_grad()
+    def begin_with(self, log_std: Tensor) -> None:
+        """Take a log standard deviation [d] in the environment's units as what is learned so far."""
+        self.relative.copy_(log_std - self.log_half_range)
+
     def anneal(self, share: float) -> None:
         """From now on noise is this share, in (0, 1], of what is learned."""
         if self.continuous:

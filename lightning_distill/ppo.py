@@ -38,6 +38,8 @@ from .objectives import (
 )
 from .policies import ActionNoise, action_distribution
 
+Normaliser = tuple[Tensor, Tensor]
+
 OBSERVATION_CLIP = 10.0
 EPISODES_LOGGED = 100
 #: Numbers in the observations whose values are computed at once.
@@ -138,15 +140,20 @@ class PPO(L.LightningModule):
 
     # --- acting -------------------------------------------------------------------------------------------------
 
-    def normalise(self, observations: Tensor) -> Tensor:
-        """An environment's observations, normalised."""
-        if self.spec.frames:
-            return scaled(observations)
-        return normalise(observations.float(), *self._normaliser, OBSERVATION_CLIP)
+    def encode(self, observations: Tensor, normaliser: Normaliser | None = None) -> Tensor:
+        """An environment's observations [..., *obs] as networks are fed them, [..., *learner_shape].
 
-    def encode(self, observations: Tensor) -> Tensor:
-        """An environment's observations [..., *obs] as learners and critic are fed them, [..., *learner_shape]."""
-        return self.encoder(self.normalise(observations))
+        Args:
+            normaliser: mean and standard deviation [*obs] each; default: the running ones, which the critic has.
+        """
+        if self.spec.frames:
+            return self.encoder(scaled(observations))
+        mean, std = normaliser or self._normaliser
+        return normalise(observations.float(), mean, std, OBSERVATION_CLIP)
+
+    def policy_normaliser(self) -> Normaliser:
+        """Mean and standard deviation for what policies are fed."""
+        return self._normaliser
 
     @torch.no_grad()
     def begin_rollout(self) -> None:
@@ -161,6 +168,7 @@ class PPO(L.LightningModule):
         progress = min(int(self.iteration) / self._iterations, 1.0)
         self.actor.noise.anneal(1 - (1 - self.final_noise) * progress)
         self.draw()
+        self._acting_normaliser = self.policy_normaliser()
         with self._precision():
             self._acting = self.policy_params()
         self._acting_log_std = self.log_std
@@ -171,7 +179,7 @@ class PPO(L.LightningModule):
         began = time.perf_counter()
         with self._precision():
             # Not a number would break the sampling of an action; the rollout's check names it soon enough.
-            observation = self.encode(state["observation"]).nan_to_num()
+            observation = self.encode(state["observation"], self._acting_normaliser).nan_to_num()
             output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
         state["output"] = output
         state["action"] = action_distribution(output, self._acting_log_std).sample()
@@ -256,8 +264,8 @@ class PPO(L.LightningModule):
         for _ in range(self.epochs):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
-                batch["observation"] = self.encode(batch["observation"])
-                value = self.critic(batch["observation"]).squeeze(-1)
+                batch |= self._inputs(batch["observation"])
+                value = self.critic(batch["critic_input"]).squeeze(-1)
                 value_loss = (value - batch["value_target"]).square().mean()
                 found = {"loss/value": value_loss}
                 if not stopped:
@@ -291,9 +299,15 @@ class PPO(L.LightningModule):
         result["loss/explained_variance"] = explained_variance(samples["value"], samples["value_target"])
         return result
 
+    def _inputs(self, observations: Tensor) -> dict[str, Tensor]:
+        """What critic and policies are fed for an environment's observations; the same where both have one normaliser."""
+        encoded, own = self.encode(observations), self.policy_normaliser()
+        shared = own is self._normaliser
+        return {"critic_input": encoded, "input": encoded if shared else self.encode(observations, own)}
+
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Clipped surrogate, entropy, and log π_new − log π_old of each sample."""
-        output = self.family.forward(self.policy_params(), batch["observation"])
+        output = self.family.forward(self.policy_params(), batch["input"])
         policy = action_distribution(output, self.log_std)
         log_ratio = policy.log_prob(batch["action"]) - batch["log_prob"]
         return ppo_loss(log_ratio, batch["advantage"], self.clip), policy.entropy().mean(), log_ratio

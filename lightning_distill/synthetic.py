@@ -13,7 +13,11 @@ from .policies import ActionNoise
 
 
 class SyntheticBatch(nn.Module):
-    """n learnable (observation, target) pairs, the step rule's numbers, and the taught policy's log standard deviation.
+    """n learnable (observation, target) pairs, the step rule's numbers, the normaliser's correction, and the taught policy's
+    log standard deviation.
+
+    The correction is a gain and a shift of each number in the observations. Learners draw their features at random, so they cannot
+    turn away from what does not matter; and as their biases are 0, a tanh network is an odd function of what it is fed.
 
     Args:
         spec: gives the targets' shape, and the range of continuous actions that the initial noise is a share of.
@@ -38,11 +42,23 @@ class SyntheticBatch(nn.Module):
         super().__init__()
         self.observations = nn.Parameter(torch.randn(pairs, *shape) * observation_scale)
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
+        if not spec.frames:
+            self.shift = nn.Parameter(torch.zeros(spec.observation_shape))
+            self.log_gain = nn.Parameter(torch.zeros(spec.observation_shape))
         # Logarithms are learned: numbers stay positive.
         self._numbers = tuple(numbers)
         for name, value in numbers.items():
             self.register_parameter(f"log_{name}", nn.Parameter(torch.tensor(math.log(value))))
         self.noise = ActionNoise(spec, log_std, log_std_min)
+
+    @torch.no_grad()
+    def set_number(self, name: str, value: Tensor) -> None:
+        """Give one of ``numbers`` another value."""
+        getattr(self, f"log_{name}").copy_(value.log())
+
+    def corrected(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """The normaliser (mean, std), [*obs] each, that learners have where the running one is this."""
+        return mean + std * self.shift, std * (-self.log_gain).exp()
 
     @property
     def pairs(self) -> int:

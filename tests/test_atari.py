@@ -205,7 +205,7 @@ def test_meta_gradient_reaches_pairs_and_encoder(level, encoded):
     }
 
     def loss():
-        return learning._policy_loss(batch | {"observation": learning.encoder(frames)})[0]
+        return learning._policy_loss(batch | {"input": learning.encoder(frames)})[0]
 
     loss().backward()
     parameters = dict(learning.actor.named_parameters()) | dict(learning.encoder.named_parameters())

@@ -45,9 +45,9 @@ def test_gradients_of_two_processes_are_those_of_one_with_all_the_data(ranks):
     module._running = torch.cat([part["running"] for part in before], dim=1)
     rollout = torch.cat([TensorDict.from_dict(part["rollout"], batch_size=[16, 20]) for part in before])
     samples = module._samples(rollout)
-    samples["observation"] = module.encode(samples["observation"])
+    samples |= module._inputs(samples["observation"])
     policy_loss, *_ = module._policy_loss(samples)
-    value_loss = (module.critic(samples["observation"]).squeeze(-1) - samples["value_target"]).square().mean()
+    value_loss = (module.critic(samples["critic_input"]).squeeze(-1) - samples["value_target"]).square().mean()
     (policy_loss + value_loss).backward()
     expected = [[p.grad for p in part.parameters()] for part in (module.critic, module.actor)]
     for rank in ranks:

@@ -5,8 +5,10 @@ import torch
 from test_meta_ppo import small_run
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from lightning_distill import MLP, ConfigError, evaluate, load, teach_many
-from lightning_distill.imitation import EXPERTS, Imitation, divergence
+from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
+from lightning_distill.envs import env_spec
+from lightning_distill.experts import TAUGHT
+from lightning_distill.imitation import Imitation, divergence
 
 
 def other_learners(iterations, model=Imitation):
@@ -43,7 +45,7 @@ def test_pairs_begin_as_states_of_the_expert_with_its_outputs():
     module = other_learners(1, Untrained)
     batch, moments = module.synthetic_batch, module.observation_moments
     states = batch.observations * moments.std + moments.mean
-    torch.testing.assert_close(module.expert_output(states.float()), batch.targets, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(module._expert[0].output(states.float()), batch.targets, atol=1e-3, rtol=1e-3)
     expert = load("cartpole_1d")
     torch.testing.assert_close(module.distilled().observation_std, expert.observation_std, atol=1e-6, rtol=1e-5)
 
@@ -55,9 +57,9 @@ def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
     observations = torch.randn(5, 4) * 0.1
     torch.manual_seed(0)
     dataset = load("cartpole_1d")
-    policy = teach_many(MLP(), dataset, EXPERTS)
-    outputs = policy.module(dataset.normalise(observations).expand(EXPERTS, 5, 4))
-    torch.testing.assert_close(module.expert_output(observations), outputs.mean(0))
+    policy = teach_many(MLP(), dataset, TAUGHT)
+    outputs = policy.module(dataset.normalise(observations).expand(TAUGHT, 5, 4))
+    torch.testing.assert_close(module._expert[0].output(observations), outputs.mean(0))
     assert not [name for name in module.state_dict() if "expert" in name]
 
 
@@ -65,10 +67,11 @@ def test_gradient_of_the_divergence_reaches_the_batch_alone():
     for name in ("cartpole_1d", "inverted_pendulum"):
         module = Imitation(spec_of(name), expert=name, pairs=3, learners=2, step_rule="projection")
         module.draw()
-        observation = torch.randn(2, 6, 4)
+        module._normaliser = module.observation_moments.mean.float(), module.observation_moments.std.float()
+        inputs = module._inputs(torch.randn(2, 6, 4))["input"]
         expert = torch.randn(2, 6, module.spec.actions)
         loss, entropy, log_ratio = module._policy_loss(
-            {"observation": observation, "expert": expert, "log_prob": torch.zeros(2, 6)}
+            {"input": inputs, "expert": expert, "log_prob": torch.zeros(2, 6)}
         )
         (loss - 0.0 * entropy).backward()
         touched = {key for key, parameter in module.named_parameters() if parameter.grad is not None}
@@ -94,3 +97,50 @@ def spec_of(name):
     from lightning_distill.envs import env_spec
 
     return env_spec(load(name).env)
+
+
+@pytest.fixture(scope="module")
+def policy_checkpoint(tmp_path_factory):
+    """A little trained policy of direct PPO, and its run's module."""
+    path = tmp_path_factory.mktemp("ppo") / "policy.ckpt"
+    module = small_run("Pendulum-v1", PPO, iterations=3, final_noise=0.5)
+    module.trainer.save_checkpoint(path)
+    return path, module
+
+
+def test_a_policy_of_direct_rl_is_an_expert(policy_checkpoint):
+    path, trained = policy_checkpoint
+    module = Imitation(env_spec("Pendulum-v1"), expert=str(path), pairs=8)
+    (expert,) = module._expert
+    observations = torch.randn(5, 3)
+    moments = trained.observation_moments
+    inputs = trained.encode(observations, (moments.mean.float(), moments.std.float()))
+    expected = trained.family.forward(trained.policy_params(), inputs.unsqueeze(0))[0]
+    torch.testing.assert_close(expert.output(observations), expected)
+    torch.testing.assert_close(expert.log_std, trained.log_std)
+    torch.testing.assert_close(module.distilled().observation_std, moments.std.float())
+
+
+def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
+    path, _ = policy_checkpoint
+    with pytest.raises(ConfigError, match=r"model.expert=.*Pendulum-v1.*CartPole-v1"):
+        Imitation(env_spec("CartPole-v1"), expert=str(path))
+    with pytest.raises(ConfigError, match="no such file"):
+        Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "none.ckpt"))
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ConfigError, match="holds no policy"):
+        Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "other.ckpt"))
+
+
+def test_a_run_starts_from_a_dataset():
+    dataset = load("inverted_pendulum")
+    module = MetaPPO(env_spec(dataset.env), start="inverted_pendulum")
+    begun = module.distilled()
+    for name in ("observations", "targets", "learning_rate", "log_std", "observation_mean", "observation_std"):
+        torch.testing.assert_close(getattr(begun, name), getattr(dataset, name), msg=name, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"model.start='inverted_pendulum'.*\[64, 4\].*model.pairs"):
+        MetaPPO(env_spec(dataset.env), pairs=8, start="inverted_pendulum")
+    with pytest.raises(ConfigError, match=r"newton_ridge.*model.step_rule='newton'"):
+        MetaPPO(env_spec(dataset.env), step_rule="newton", start="inverted_pendulum")
+    with pytest.raises(ConfigError, match="observations"):
+        MetaPPO(env_spec("Hopper-v5"), start="inverted_pendulum")

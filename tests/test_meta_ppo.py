@@ -58,6 +58,8 @@ def prepared(kind, seed=0):
     torch.manual_seed(seed)
     module = MetaPPO(SPECS[kind], pairs=3, learners=2, family=MLP(width=5, output_gain=1.0)).double()
     module._fresh = {name: value.double() for name, value in module.family.draw(2, *_shapes(module)).items()}
+    shape = module.spec.observation_shape
+    module._normaliser = torch.randn(shape).double(), torch.rand(shape).double() + 0.5
     observation = torch.randn(2, 6, *module.spec.observation_shape).double()
     action = torch.randint(2, (2, 6)) if kind == "discrete" else torch.randn(2, 6, 2).double()
     batch = {
@@ -69,6 +71,10 @@ def prepared(kind, seed=0):
     return module, batch
 
 
+def policy_loss(module, batch):
+    return module._policy_loss(batch | module._inputs(batch["observation"]))
+
+
 def _shapes(module):
     return module.spec.observation_shape, module.spec.actions
 
@@ -77,7 +83,7 @@ def _shapes(module):
 def test_meta_gradient_of_the_ppo_loss_is_that_of_finite_differences(kind):
     module, batch = prepared(kind)
     module.clip = 10.0  # the clipped surrogate has kinks, which finite differences may straddle
-    loss, *_ = module._policy_loss(batch)
+    loss, *_ = policy_loss(module, batch)
     loss.backward()
     step = 1e-6
     for name, parameter in module.actor.named_parameters():
@@ -87,7 +93,7 @@ def test_meta_gradient_of_the_ppo_loss_is_that_of_finite_differences(kind):
             values = []
             for shift in (step, -step):
                 flat[index] = kept + shift
-                values.append(module._policy_loss(batch)[0].item())
+                values.append(policy_loss(module, batch)[0].item())
             flat[index] = kept
             assert gradient[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8), (
                 name
@@ -97,7 +103,7 @@ def test_meta_gradient_of_the_ppo_loss_is_that_of_finite_differences(kind):
 @pytest.mark.parametrize("kind", SPECS)
 def test_gradient_reaches_every_synthetic_parameter_and_nothing_else(kind):
     module, batch = prepared(kind)
-    loss, entropy, _ = module._policy_loss(batch)
+    loss, entropy, _ = policy_loss(module, batch)
     (loss - 0.1 * entropy).backward()
     names = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
     assert names == {name for name, _ in module.named_parameters() if name.startswith("actor.")}
@@ -107,7 +113,7 @@ def test_gradient_reaches_every_synthetic_parameter_and_nothing_else(kind):
 
 def test_entropy_bonus_carries_gradient():
     module, batch = prepared("discrete")
-    _, entropy, _ = module._policy_loss(batch)
+    _, entropy, _ = policy_loss(module, batch)
     gradients = torch.autograd.grad(entropy, list(module.actor.parameters()))
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
@@ -120,8 +126,7 @@ def test_first_minibatch_is_on_policy(env):
         seen = None
 
         def _update(self, samples):
-            encoded = samples | {"observation": self.encode(samples["observation"])}
-            self.seen = [*(self.seen or []), self._policy_loss(encoded)[2].abs().max().item()]
+            self.seen = [*(self.seen or []), policy_loss(self, samples)[2].abs().max().item()]
             return super()._update(samples)
 
     module = small_run(env, FirstRatio, iterations=4, pairs=3, learners=4)
@@ -170,7 +175,7 @@ def test_each_state_has_the_critics_value_as_a_next_state_too(monkeypatch):
 
     class Expected(MetaPPO):
         def _samples(self, rollout):
-            value = self.critic(self.normalise(rollout["next", "observation"])).detach()
+            value = self.critic(self.encode(rollout["next", "observation"])).detach()
             expected.append(value.masked_fill(rollout["next", "terminated"], 0.0).squeeze(-1))
             return super()._samples(rollout)
 
@@ -230,7 +235,8 @@ def preference(env, gamma=0.99, model=MetaPPO, iterations=40):
     module = small_run(env, model, [watch], iterations=iterations, **options)
     module.begin_rollout()
     observations = torch.tensor([[-1.0], [1.0]])
-    output = module.family.forward(module._acting, module.normalise(observations).expand(module.learners, 2, 1))
+    inputs = module.encode(observations, module._acting_normaliser).expand(module.learners, 2, 1)
+    output = module.family.forward(module._acting, inputs)
     return output.softmax(-1)[..., 1].mean(0).tolist()
 
 

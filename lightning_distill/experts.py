@@ -1,0 +1,98 @@
+"""Experts: what is imitated. The learners of a distilled dataset together, or one policy trained by direct RL."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoints import AtomicCheckpointIO
+from .dataset import load
+from .envs import ConfigError, EnvSpec
+from .evaluation import check_matches, trained_family
+from .families import as_family, family_from
+from .ppo import PPO
+from .teaching import keep_random_state, teach_many
+
+#: Taught learners whose mean output is a dataset's: what any of them does by chance is averaged out.
+TAUGHT = 16
+
+
+class Expert(ABC):
+    """A policy to imitate.
+
+    Attributes:
+        mean, std: the normaliser [*obs] of its observations.
+        log_std: log standard deviation [d] of its continuous actions; None if discrete.
+    """
+
+    mean: Tensor
+    std: Tensor
+    log_std: Tensor | None
+
+    @abstractmethod
+    def output(self, observations: Tensor) -> Tensor:
+        """Logits or means [B, d] for an environment's observations [B, *obs]."""
+
+
+class TaughtLearners(Expert):
+    """The mean output of learners taught on a dataset: its name in the zoo, or a path."""
+
+    def __init__(self, name: str, spec: EnvSpec) -> None:
+        dataset = load(name)
+        check_matches(dataset, spec)
+        self.mean, self.std, self.log_std = dataset.observation_mean, dataset.observation_std, dataset.log_std
+        with keep_random_state(torch.device("cpu")):
+            torch.manual_seed(0)
+            self.policy = teach_many(trained_family(dataset), dataset, TAUGHT)
+
+    def output(self, observations: Tensor) -> Tensor:
+        policy = self.policy.to(observations.device)
+        return policy.output(observations.expand(TAUGHT, *observations.shape)).mean(0)
+
+
+class TrainedPolicy(Expert):
+    """The policy in a checkpoint of :class:`PPO`. Nothing that the checkpoint holds is executed."""
+
+    def __init__(self, path: str, spec: EnvSpec) -> None:
+        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        settings, state = checkpoint.get("hyper_parameters", {}), checkpoint.get("state_dict", {})
+        if "actor.weights.0" not in state:
+            raise ConfigError(
+                f"model.expert={path!r}: holds no policy; allowed are checkpoints of PPO, and distilled datasets"
+            )
+        try:
+            family = settings.get("family", "paper")  # an object given in Python is not in the checkpoint
+            family = as_family(family) if isinstance(family, str) else family_from(family)
+            names = ("encoder_level", "log_std_min")
+            module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
+            module.load_state_dict(state)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ConfigError(f"model.expert={path!r}: its policy cannot be built ({error})") from None
+        mine, its = [(s.observation_shape, s.action_type, s.actions) for s in (module.spec, spec)]
+        if mine != its:
+            raise ConfigError(
+                f"model.expert={path!r}: of {module.spec.id}, with observations, actions, outputs {mine}; "
+                f"data.env={spec.id!r} has {its}"
+            )
+        self.module = module.eval().requires_grad_(False)
+        self.mean, self.std = module.observation_moments.mean.float(), module.observation_moments.std.float()
+        self.log_std = module.log_std
+
+    def output(self, observations: Tensor) -> Tensor:
+        module = self.module.to(observations.device)
+        inputs = module.encode(
+            observations, (module.observation_moments.mean.float(), module.observation_moments.std.float())
+        )
+        return module.family.forward(module.policy_params(), inputs.unsqueeze(0))[0]
+
+
+def expert_from(name: str, spec: EnvSpec) -> Expert:
+    """The expert of a checkpoint (``*.ckpt``) or of a dataset (any other path, or a name in the zoo).
+
+    Raises:
+        ConfigError: there is none, or it is for other observations or actions than the environment's.
+    """
+    return (TrainedPolicy if Path(name).suffix == ".ckpt" else TaughtLearners)(name, spec)
