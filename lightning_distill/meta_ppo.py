@@ -49,8 +49,6 @@ class MetaPPO(PPO):
         projection_step: initial κ of ``projection``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
-        observed: first and end (exclusive) of the entries of vector observations that learners are shown; default: all. Learners
-            draw their features at random, so entries that say little, such as contact forces, blur all of them.
         start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise and normaliser the run begins
             with; the normaliser stays as it is there but for what is learned. The encoder and the critic begin anew.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
@@ -77,7 +75,6 @@ class MetaPPO(PPO):
         ),
         log_std: float = -0.5,
         encoded_pairs: bool = False,
-        observed: tuple[int, int] | None = None,
         start: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -97,12 +94,7 @@ class MetaPPO(PPO):
             "newton_ridge": newton_ridge,
             "projection_step": projection_step,
         }
-        self._initial = {
-            "pairs": pairs,
-            "observation_scale": observation_scale,
-            "target_scale": target_scale,
-            "observed": observed,
-        }
+        self._initial = {"pairs": pairs, "observation_scale": observation_scale, "target_scale": target_scale}
         super().__init__(
             spec,
             target_kl=target_kl,
@@ -113,6 +105,8 @@ class MetaPPO(PPO):
             log_std=log_std,
             **kwargs,
         )
+        if not self.spec.frames:
+            self.synthetic_batch.observations.data[:, ~self.observation_moments.seen] = 0.0
         self.start = start
         if start is not None:
             self._begin_as(load(start))
@@ -160,12 +154,6 @@ class MetaPPO(PPO):
         initial = self._numbers | {"learning_rate": self._numbers["learning_rate"] * self.spec.actions}
         numbers = {name: initial[name] for name in STEP_RULES[self.step_rule].numbers}
         shape = self.learner_shape if self.encoded_pairs else self.spec.observation_shape
-        first, end = self._initial["observed"] or (0, 1)
-        if not 0 <= first < end <= shape[0] or (self._initial["observed"] and len(shape) != 1):
-            raise ConfigError(
-                f"model.observed=[{first}, {end}]: allowed for vectors, as [first, end] with 0 ≤ first < end ≤ their length; "
-                f"observations of data.env={self.spec.id!r} have the shape {list(shape)}"
-            )
         return SyntheticBatch(
             self.spec, shape, numbers=numbers, **self._initial, log_std=log_std, log_std_min=log_std_min
         )

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from .envs import EnvSpec
 from .policies import ActionNoise
 
-#: Gain of what learners are not shown: 10 standard deviations of it are less than a rounding error of anything else.
-UNSEEN = 1e-9
-
 
 class SyntheticBatch(nn.Module):
     """n learnable (observation, target) pairs, the step rule's numbers, the normaliser's correction, and the taught policy's
@@ -29,8 +26,6 @@ class SyntheticBatch(nn.Module):
         numbers: initial values of what the step rule needs beside the pairs, by name.
         observation_scale, target_scale: standard deviation of the normal initial values.
         log_std, log_std_min: see :class:`lightning_distill.policies.ActionNoise`.
-        observed: first and end (exclusive) of the observation entries that learners are shown; default: all. Others get a gain of
-            almost 0, and pairs begin without them.
     """
 
     def __init__(
@@ -43,18 +38,13 @@ class SyntheticBatch(nn.Module):
         target_scale: float = 0.5,
         log_std: float = -0.5,
         log_std_min: float = -3.0,
-        observed: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.observations = nn.Parameter(torch.randn(pairs, *shape) * observation_scale)
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
         if not spec.frames:
             self.shift = nn.Parameter(torch.zeros(spec.observation_shape))
-            gain = torch.ones(spec.observation_shape)
-            if observed is not None:
-                gain[: observed[0]] = gain[observed[1] :] = UNSEEN
-                self.observations.data[:, gain == UNSEEN] = 0.0
-            self.log_gain = nn.Parameter(gain.log())
+            self.log_gain = nn.Parameter(torch.zeros(spec.observation_shape))
         # Logarithms are learned: numbers stay positive.
         self._numbers = tuple(numbers)
         for name, value in numbers.items():
