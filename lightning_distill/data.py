@@ -30,6 +30,8 @@ class CollectorDataModule(L.LightningDataModule):
         env_steps: environment steps of the whole run, over all processes.
         num_envs: environments stepped together, in each process.
         rollout_length: T, steps of each environment in one rollout.
+        max_episode_steps: truncate episodes after so many steps while training, so that their beginnings are seen more often; what
+            would have come counts by its value. Default: as the environment ends them, as always in evaluation.
         backend: who simulates, see :func:`lightning_distill.envs.make_env`.
         threads: simulator threads; default: one per core.
         val_learners: fresh learners at each validation; of direct PPO, which has one policy, runs of that policy.
@@ -44,6 +46,7 @@ class CollectorDataModule(L.LightningDataModule):
         env_steps: PositiveInt = 1_000_000,
         num_envs: PositiveInt = 32,
         rollout_length: PositiveInt = 200,
+        max_episode_steps: PositiveInt | None = None,
         backend: Backend = "auto",
         threads: PositiveInt | None = None,
         val_learners: PositiveInt = 16,
@@ -53,6 +56,7 @@ class CollectorDataModule(L.LightningDataModule):
         super().__init__()
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
+        self.max_episode_steps = max_episode_steps
         self.backend, self.threads = backend, threads or os.cpu_count() or 1
         self.learners = {"validate": val_learners, "test": test_learners}
         self.episodes = episodes
@@ -138,7 +142,9 @@ class Rollouts:
         data, module = self.data, self.data.trainer.lightning_module
         # Environments start anew at each (re)start of a run, from a seed of their own for each process and moment.
         seed = stream_seed(module.seed, module.global_rank, int(module.env_steps), 3)
-        env = make_env(data.spec, data.num_envs, seed, data.backend, data.threads, module.device, True)
+        env = make_env(
+            data.spec, data.num_envs, seed, data.backend, data.threads, module.device, True, data.max_episode_steps
+        )
         module.begin_rollout()  # the collector tries the policy once when it is made
         self.collector = make_collector(env, module.act, data.rollout_length, module.device)
         try:
