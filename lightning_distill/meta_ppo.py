@@ -40,6 +40,8 @@ class MetaPPO(PPO):
         learners: K, fresh learners in each rollout; divides the number of environments.
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
+        observation_gain: initial gain of normalised observations, before learners are fed them. A small one makes taught learners
+            more alike, so that fewer fail; the step size has to be larger then.
         step_rule: ``sgd``, ``line_search``, ``newton`` or ``projection``, see :mod:`lightning_distill.step_rules`; its
             numbers are learned.
         learning_rate: initial step size η of ``sgd``, per output dimension. The loss is a mean over dimensions, so the step
@@ -61,6 +63,7 @@ class MetaPPO(PPO):
         learners: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
+        observation_gain: PositiveFloat = 1.0,
         step_rule: Literal["sgd", "line_search", "newton", "projection"] = "sgd",
         learning_rate: PositiveFloat = 0.3,
         line_search_scale: PositiveFloat = 1.0,
@@ -94,7 +97,12 @@ class MetaPPO(PPO):
             "newton_ridge": newton_ridge,
             "projection_step": projection_step,
         }
-        self._initial = {"pairs": pairs, "observation_scale": observation_scale, "target_scale": target_scale}
+        self._initial = {
+            "pairs": pairs,
+            "observation_scale": observation_scale,
+            "target_scale": target_scale,
+            "gain": observation_gain,
+        }
         super().__init__(
             spec,
             target_kl=target_kl,
@@ -129,6 +137,8 @@ class MetaPPO(PPO):
             batch.set_number(name, number)
         if dataset.log_std is not None:
             batch.noise.begin_with(dataset.log_std)
+        if not self.spec.frames:
+            batch.log_gain.zero_()  # it is in the normaliser already
         self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
 
     def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:

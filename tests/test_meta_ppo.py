@@ -3,7 +3,7 @@ import probes  # noqa: F401  registers the probe environments
 import pytest
 import torch
 
-from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO
+from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, teach_many
 from lightning_distill.envs import EnvSpec
 from lightning_distill.objectives import generalized_advantages
 from lightning_distill.ppo import PPO
@@ -276,3 +276,17 @@ def test_noise_falls_linearly_to_its_final_share():
     assert torch.allclose(module.distilled().log_std, module.log_std)
     with pytest.raises(ConfigError, match=r"final_noise=1\.5"):
         MetaPPO(SPECS["continuous"], final_noise=1.5)
+
+
+def test_a_small_gain_makes_taught_learners_alike():
+    """Nearly linear networks with orthogonal layers are all the same kernel, whichever was drawn."""
+
+    def spread(gain):
+        torch.manual_seed(0)
+        module = MetaPPO(SPECS["continuous"], observation_gain=gain, observation_scale=gain)
+        outputs = teach_many(MLP(), module.distilled(), 32).output(observations.expand(32, 100, 3))
+        return (outputs.std(0) / outputs.square().mean(0).sqrt()).mean().item()
+
+    torch.manual_seed(0)
+    observations = torch.randn(100, 3)
+    assert spread(0.05) < 0.3 * spread(1.0)
