@@ -102,6 +102,16 @@ def test_terminated_and_killed_runs_go_on_from_last(here):
     assert load(runs[2] / "distilled.safetensors").metadata["returns"]
 
 
+def test_terminated_processes_save_together(here):
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    last = run / "checkpoints" / "last.ckpt"
+    both = started(here, "--data.env_steps=100_000_000", "--trainer.devices=2", OFTEN)
+    wait_for(last.exists, both)
+    both.send_signal(signal.SIGTERM)
+    assert both.wait(60) == 128 + signal.SIGTERM
+    assert load(run / "last.safetensors").metadata["env_steps"] == env_steps(last) > 0
+
+
 def test_last_is_the_newest_of_the_same_config(tmp_path):
     mine = {
         "seed_everything": 1,
