@@ -32,6 +32,8 @@ class CollectorDataModule(L.LightningDataModule):
         env_steps: environment steps of the whole run, over all processes.
         num_envs: environments stepped together, in each process.
         rollout_length: T, steps of each environment in one rollout.
+        max_episode_steps: truncate episodes after so many steps while training, so that their beginnings are seen more often; what
+            would have come counts by its value. Default: as the environment ends them, as always in evaluation.
         backend: who simulates, see :func:`lightning_distill.envs.make_env`.
         threads: simulator threads; default: one per core.
         collectors: more than 1: so many worker processes in which policies act and environments are simulated, each with
@@ -48,6 +50,7 @@ class CollectorDataModule(L.LightningDataModule):
         env_steps: PositiveInt = 1_000_000,
         num_envs: PositiveInt = 32,
         rollout_length: PositiveInt = 200,
+        max_episode_steps: PositiveInt | None = None,
         backend: Backend = "auto",
         threads: PositiveInt | None = None,
         collectors: PositiveInt = 1,
@@ -58,6 +61,7 @@ class CollectorDataModule(L.LightningDataModule):
         super().__init__()
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
+        self.max_episode_steps = max_episode_steps
         self.backend, self.threads, self.collectors = backend, threads or os.cpu_count() or 1, collectors
         self.learners = {"validate": val_learners, "test": test_learners}
         self.episodes = episodes
@@ -171,7 +175,7 @@ class Rollouts:
     def _env_maker(self, seed: int, parts: int, device: Any) -> Callable[[], Any]:
         data = self.data
         num_envs, threads = data.num_envs // parts, max(1, data.threads // parts)
-        return partial(make_env, data.spec, num_envs, seed, data.backend, threads, device, training=True)
+        return partial(make_env, data.spec, num_envs, seed, data.backend, threads, device, True, data.max_episode_steps)
 
     def state_dict(self) -> dict:
         """Nothing: a resumed run restarts its environments. Tells Lightning that resuming within an epoch is fine."""

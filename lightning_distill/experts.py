@@ -66,7 +66,7 @@ class TrainedPolicy(Expert):
         try:
             family = settings.get("family", "paper")  # an object given in Python is not in the checkpoint
             family = as_family(family) if isinstance(family, str) else family_from(family)
-            names = ("encoder_level", "log_std_min")
+            names = ("encoder_level", "log_std_min", "observed")
             module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
             module.load_state_dict(state)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:

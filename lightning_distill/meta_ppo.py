@@ -105,6 +105,8 @@ class MetaPPO(PPO):
             log_std=log_std,
             **kwargs,
         )
+        if not self.spec.frames:
+            self.synthetic_batch.observations.data[:, ~self.observation_moments.seen] = 0.0
         self.start = start
         if start is not None:
             self._begin_as(load(start))

@@ -86,6 +86,8 @@ class PPO(L.LightningModule):
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
         final_noise: share of the learned standard deviation that is left at the end of the run; it falls linearly.
+        observed: first and end (exclusive) of the entries of vector observations that policies and critic are shown; default: all.
+            Freshly drawn features cannot turn away from entries that say little, such as contact forces.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class PPO(L.LightningModule):
         log_std: float = 0.0,
         log_std_min: float = -3.0,
         final_noise: PositiveFloat = 1.0,
+        observed: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 < final_noise <= 1:
@@ -128,7 +131,9 @@ class PPO(L.LightningModule):
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
         self.actor = self.make_actor(log_std, log_std_min)
         self.critic = make_critic(self.learner_shape) if self.spec.frames else _critic(self.spec)
-        self.observation_moments = FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape)
+        self.observation_moments = (
+            FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape, self._checked(observed))
+        )
         self.return_moments = RunningMoments()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
@@ -484,6 +489,15 @@ class PPO(L.LightningModule):
         encoder = make_encoder(level)
         with torch.no_grad():
             return level, encoder, tuple(encoder(torch.zeros(1, *shape)).shape[1:])
+
+    def _checked(self, observed: tuple[int, int] | None) -> tuple[int, int] | None:
+        shape = self.spec.observation_shape
+        if observed and (len(shape) != 1 or not 0 <= observed[0] < observed[1] <= shape[0]):
+            raise ConfigError(
+                f"model.observed={list(observed)}: allowed for vectors, as [first, end] with 0 ≤ first < end ≤ their length; "
+                f"observations of data.env={self.spec.id!r} have the shape {list(shape)}"
+            )
+        return observed
 
     def _critic_params(self) -> list[nn.Parameter]:
         return [*self.critic.parameters(), *self.encoder.parameters()]

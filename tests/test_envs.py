@@ -54,6 +54,21 @@ def test_training_is_in_all_phases_of_an_episode_at_once(backend):
     env.close()
 
 
+@pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+def test_training_episodes_are_as_short_as_asked_for(env):
+    env = make_env(env_spec(env), 2, seed=0, training=True, max_episode_steps=7)
+    state, since = env.reset(), torch.tensor([4, 0]) if env.__class__.__name__ == "VectorEnv" else torch.zeros(2)
+    for _ in range(60):
+        state["action"] = env.action_spec.rand()
+        result, state = env.step_and_maybe_reset(state)
+        since = since + 1
+        truncated, done = (result["next", key].squeeze(-1) for key in ("truncated", "done"))
+        assert torch.equal(truncated, since == 7)
+        assert torch.equal(done, truncated), "no pole falls within 7 steps"
+        since = since.masked_fill(done, 0)
+    env.close()
+
+
 def test_who_ends_by_itself_is_not_cut():
     env = make_env(env_spec("Hopper-v5"), 2, seed=0, backend="gymnasium", training=True)
     state = env.reset()

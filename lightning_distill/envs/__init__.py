@@ -186,6 +186,7 @@ def make_env(
     threads: int = 2,
     device: torch.device | str = "cpu",
     training: bool = False,
+    max_episode_steps: int | None = None,
 ) -> EnvBase:
     """``num_envs`` copies of an environment, stepped together as one TorchRL environment.
 
@@ -198,8 +199,9 @@ def make_env(
             envpool where it has the id. Atari games have a simulator of their own.
         threads: of envpool and of the Atari emulator.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
-        training: first episodes are cut at staggered times, see :class:`VectorEnv`; Atari: clip rewards, and end an episode
-            with a lost life.
+        training: first episodes are truncated at staggered times, see :class:`VectorEnv`; Atari: clip rewards, and end an
+            episode with a lost life.
+        max_episode_steps: truncate episodes after so many steps; default: as the environment ends them.
 
     Raises:
         ConfigError: the backend cannot make the environment.
@@ -207,21 +209,22 @@ def make_env(
     from .cartpole import DIMENSIONS, CartPole
     from .vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator, VectorEnv
 
+    limit = max_episode_steps or (spec.time_limit if training else None)
     if spec.frames:
         from .atari import AtariSimulator
 
         if backend != "auto":
             raise ConfigError(f"data.backend={backend!r} for {spec.id}: allowed is auto, ale-py's vector environment")
         simulator = partial(_make, AtariSimulator, spec, num_envs, threads=threads, training=training)
-        return VectorEnv(spec, num_envs, simulator, seed)
+        return VectorEnv(spec, num_envs, simulator, seed, limit)
     if backend == "auto" and spec.id in DIMENSIONS and not spec.kwargs:
-        return CartPole(DIMENSIONS[spec.id], num_envs, seed, device)
+        return _truncated(CartPole(DIMENSIONS[spec.id], num_envs, seed, device), max_episode_steps)
     if (torchrl_class := _torchrl_class(spec.id)) is not None:
         from torchrl.envs import SerialEnv
 
         env = SerialEnv(num_envs, partial(torchrl_class, **spec.kwargs))
         env.set_seed(seed)
-        return env
+        return _truncated(env, max_episode_steps)
     if backend == "envpool" or (backend == "auto" and _envpool_has(spec)):
         if not _envpool_has(spec):
             raise ConfigError(
@@ -229,9 +232,15 @@ def make_env(
                 "installed envpool (extra 'fast') lists, without env_kwargs. Otherwise: auto, gymnasium, processes"
             )
         simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads)
-        return VectorEnv(spec, num_envs, simulator, seed, stagger=training)
+        return VectorEnv(spec, num_envs, simulator, seed, limit)
     simulator = ProcessSimulator if backend == "processes" else GymnasiumSimulator
-    return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed, stagger=training)
+    return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed, limit)
+
+
+def _truncated(env: EnvBase, steps: int | None) -> EnvBase:
+    from torchrl.envs import StepCounter, TransformedEnv
+
+    return env if steps is None else TransformedEnv(env, StepCounter(max_steps=steps))
 
 
 def _make(simulator: Any, spec: EnvSpec, num_envs: int, seed: int, **kwargs: Any) -> Any:

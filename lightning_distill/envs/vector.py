@@ -140,8 +140,8 @@ class VectorEnv(EnvBase):
         num_envs: environments stepped together.
         make_simulator: seed → simulator; called again whenever the seed is set.
         seed: environment i starts from seed + i.
-        stagger: truncate the first episode of environment i after (i + 1)/N of the time limit. Environments in which
-            nobody falls would otherwise all be in the same phase of an episode for ever, and one rollout in many see its beginning.
+        limit: truncate episodes after so many steps, the first one of environment i after (i + 1)/N of them: environments in
+            which nobody falls would otherwise all be in the same phase of an episode for ever. None: as the simulator ends them.
     """
 
     #: The present observation [N, *obs]; each step and reset makes a new tensor.
@@ -153,14 +153,12 @@ class VectorEnv(EnvBase):
         num_envs: int,
         make_simulator: Callable[[int], Simulator],
         seed: int,
-        stagger: bool = False,
+        limit: int | None = None,
     ) -> None:
         super().__init__(device="cpu", batch_size=[num_envs])
         batch = (num_envs,)
         self.spec_, self.make_simulator, self.simulator = spec, make_simulator, None
-        limit = spec.time_limit if stagger and spec.time_limit else 0
-        #: Steps after which each environment is truncated, while there are such.
-        self.cuts = np.arange(1, num_envs + 1) * limit // num_envs
+        self.limit = limit
         observation = Unbounded((*batch, *spec.observation_shape), dtype=getattr(torch, spec.observation_dtype))
         self.observation_spec = Composite(observation=observation, shape=batch)
         if spec.action_type == "discrete":
@@ -177,7 +175,9 @@ class VectorEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         self.close_simulator()
         self.simulator = self.make_simulator(seed if seed is not None else torch.seed() % 2**30)
-        self.elapsed, self.in_first = 0, np.ones(self.batch_size[0], dtype=bool)
+        if self.limit is not None:
+            num_envs = self.batch_size[0]
+            self.elapsed = self.limit - np.arange(1, num_envs + 1) * self.limit // num_envs
 
     def close_simulator(self) -> None:
         if self.simulator is not None:
@@ -197,17 +197,11 @@ class VectorEnv(EnvBase):
         observation, reward, terminated, truncated = self.simulator.step(action.numpy(), mask)
         observation = observation.astype(self.spec_.observation_dtype)
         self.observation = torch.from_numpy(observation)
-        return observation, reward, terminated, truncated | self._cut(terminated | truncated)
-
-    def _cut(self, done: np.ndarray) -> np.ndarray:
-        """Which environments reach the staggered end of their first episode with this step; ``done`` have ended without."""
-        if self.elapsed >= self.cuts.max():
-            return np.zeros_like(done)
-        self.elapsed += 1
-        self.in_first &= ~done
-        cut = self.in_first & (self.cuts <= self.elapsed)
-        self.in_first &= ~cut
-        return cut
+        if self.limit is not None:
+            self.elapsed += 1
+            truncated = truncated | (self.elapsed >= self.limit)
+            self.elapsed[terminated | truncated] = 0
+        return observation, reward, terminated, truncated
 
     def restart(self, mask: np.ndarray | None) -> None:
         """Reset the environments in ``mask`` (None: all); ``observation`` follows."""
