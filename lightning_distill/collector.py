@@ -159,9 +159,7 @@ class WorkerPolicy(nn.Module):
 
 
 def _on_its_own(module: PPO) -> PPO:
-    """A copy on the CPU, without the trainer and all that hangs on it."""
-    trainer, module._trainer = module._trainer, None
-    try:
-        return copy.deepcopy(module).cpu()
-    finally:
-        module._trainer = trainer
+    """A copy on the CPU, without the trainer and what makes optimisers, none of which can go to another process."""
+    bare = copy.copy(module)  # Lightning leaves the trainer out
+    bare.optimizer = bare.critic_optimizer = bare.scheduler = None
+    return copy.deepcopy(bare).cpu()

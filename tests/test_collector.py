@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+from functools import partial
 
 import lightning as L
 import pytest
@@ -72,9 +73,10 @@ class Ratios(MetaPPO):
 
 
 def of_two_workers(*callbacks):
-    return small_run(
-        "CartPole-v1", Ratios, callbacks, pairs=3, learners=4, epochs=2, minibatches=2, data={"collectors": 2}
-    )
+    # As the command line's: an optimiser's maker that cannot be copied.
+    optimizer = partial(lambda _, parameters: torch.optim.Adam(parameters, lr=2.5e-3), (step for step in ()))
+    options = {"pairs": 3, "learners": 4, "epochs": 2, "minibatches": 2, "optimizer": optimizer}
+    return small_run("CartPole-v1", Ratios, callbacks, data={"collectors": 2}, **options)
 
 
 def test_workers_collect_together_what_the_present_policies_do():
