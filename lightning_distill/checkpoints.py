@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,31 @@ class RunCheckpoint(ModelCheckpoint):
             "best_model_path": to.get(state["best_model_path"], ""),
             "last_model_path": "",
         }
+
+
+class StopTogether(L.Callback):
+    """SIGTERM to any of several processes ends all of them after the same iteration, so that they can save together.
+
+    Lightning's own handler talks to the other processes at once, and waits for ever if they are busy talking of something else.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size == 1:
+            return
+
+        def tell(*_: Any) -> None:
+            if not self.told and trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            self.told = True
+
+        signal.signal(signal.SIGTERM, tell)  # Lightning puts back what was there before at the end of the run
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.told, all=False):
+            raise SIGTERMException
 
 
 def copy_atomically(source: str | Path, target: str | Path) -> None:

@@ -6,6 +6,7 @@ that command is called, so that help and the light commands are there at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def main(args: list[str] | None = None) -> None:
     except (ConfigError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = "checkpoints and datasets that were written are whole: make room and go on with --ckpt_path=last"
+        print(f"error: {error.strerror}; {kept}", file=sys.stderr)
+        sys.exit(1)
 
 
 def usage() -> str:

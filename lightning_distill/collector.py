@@ -1,17 +1,26 @@
-"""TorchRL's collector, at the simulator's speed."""
+"""TorchRL's collectors: one at the simulator's speed, or several in worker processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import copy
+import os
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
-from torchrl.collectors import Collector
+from torch import Tensor, nn
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import EnvBase
 
+from .envs import stream_seed
 from .envs.vector import Results, VectorEnv, flags, following
+
+if TYPE_CHECKING:
+    from .ppo import PPO
 
 State = MutableMapping[str, Tensor]
 Acting = Callable[[State], State]
@@ -70,3 +79,87 @@ class VectorCollector(Collector):
         after = following(*(np.stack(parts, 1) for parts in zip(*results, strict=True))).to(device)
         never = torch.zeros(after.shape, dtype=torch.bool, device=device)
         return TensorDict({**acted, **flags(never, never), "next": after}, after.shape, device=device)
+
+
+class WorkersCollector:
+    """Endless rollouts [N, T] of TorchRL's ``MultiSyncCollector``: workers collect at the same time, by the same policies.
+
+    Weights are in memory that all share, and change while all workers wait: what these collect is on-policy.
+
+    Args:
+        make_envs: one for each worker; each makes an environment of batch size [N / workers].
+        num_envs: N.
+        module: whose policies act.
+        rollout_length: T.
+    """
+
+    def __init__(
+        self, make_envs: Sequence[Callable[[], EnvBase]], num_envs: int, module: PPO, rollout_length: int
+    ) -> None:
+        self.module, self.folder, self.threads = module, TemporaryDirectory(), torch.get_num_threads()
+        self.weights = TensorDict(module.state_dict()).cpu().memmap_(self.folder.name)
+        mirror = _on_its_own(module)
+        # A worker gives up after so many idle seconds: as many as it takes, since it waits while learners are evaluated.
+        os.environ.setdefault("MAX_IDLE_COUNT", "1000000")
+        self.workers = MultiSyncCollector(
+            list(make_envs),
+            policy_factory=[
+                partial(WorkerPolicy, mirror, self.folder.name, worker) for worker in range(len(make_envs))
+            ],
+            frames_per_batch=num_envs * rollout_length,
+            total_frames=-1,
+            device="cpu",
+            num_threads=self.threads,
+            trust_policy=True,
+            use_buffers=False,
+            cat_results="stack",
+        )
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        rollouts, learners = iter(self.workers), self.module.learners
+        while True:
+            self.weights.update_(TensorDict(self.module.state_dict()))
+            try:
+                rollout = next(rollouts)
+            except (RuntimeError, ValueError) as error:
+                raise RuntimeError("a worker of data.collectors ended; its own message is on standard error") from error
+            rollout = rollout.exclude("collector").to(self.module.device)
+            # [workers, environments, T]; a learner's environments, which all workers have some of, stand together.
+            apart = rollout.unflatten(1, (learners, rollout.shape[1] // learners))
+            yield apart.permute(1, 0, 2, 3).flatten(0, 2)
+
+    def shutdown(self) -> None:
+        self.workers.shutdown()
+        torch.set_num_threads(self.threads)
+        self.folder.cleanup()
+
+
+class WorkerPolicy(nn.Module):
+    """A module's policies in a worker: drawn and taught there when the weights of a new iteration have come.
+
+    Args:
+        module: a copy of it, on the CPU.
+        folder: of its weights' shared memory.
+        worker: which one; the learners of all are the same, the noise of their actions is not.
+    """
+
+    def __init__(self, module: PPO, folder: str, worker: int) -> None:
+        super().__init__()
+        self.module, self.worker, self.began = module, worker, -1
+        self.weights = TensorDict.load_memmap(folder)
+
+    def forward(self, state: State) -> State:
+        module, iteration = self.module, int(self.weights["iteration"])
+        if iteration != self.began:
+            module.load_state_dict(self.weights)
+            module.begin_rollout()
+            torch.manual_seed(stream_seed(module.seed, module.rank, iteration, 4, self.worker))
+            self.began = iteration
+        return module.act(state)
+
+
+def _on_its_own(module: PPO) -> PPO:
+    """A copy on the CPU, without the trainer and what makes optimisers, none of which can go to another process."""
+    bare = copy.copy(module)  # Lightning leaves the trainer out
+    bare.optimizer = bare.critic_optimizer = bare.scheduler = None
+    return copy.deepcopy(bare).cpu()

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -34,6 +36,8 @@ class CollectorDataModule(L.LightningDataModule):
             would have come counts by its value. Default: as the environment ends them, as always in evaluation.
         backend: who simulates, see :func:`lightning_distill.envs.make_env`.
         threads: simulator threads; default: one per core.
+        collectors: more than 1: so many worker processes in which policies act and environments are simulated, each with
+            its share of ``num_envs``. For environments that are slow, or hold Python's lock.
         val_learners: fresh learners at each validation; of direct PPO, which has one policy, runs of that policy.
         test_learners: the same in the final evaluation.
         episodes: whole episodes of each of them.
@@ -49,6 +53,7 @@ class CollectorDataModule(L.LightningDataModule):
         max_episode_steps: PositiveInt | None = None,
         backend: Backend = "auto",
         threads: PositiveInt | None = None,
+        collectors: PositiveInt = 1,
         val_learners: PositiveInt = 16,
         test_learners: PositiveInt = 100,
         episodes: PositiveInt = 1,
@@ -57,7 +62,7 @@ class CollectorDataModule(L.LightningDataModule):
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
         self.max_episode_steps = max_episode_steps
-        self.backend, self.threads = backend, threads or os.cpu_count() or 1
+        self.backend, self.threads, self.collectors = backend, threads or os.cpu_count() or 1, collectors
         self.learners = {"validate": val_learners, "test": test_learners}
         self.episodes = episodes
         self._rollouts: Rollouts | None = None
@@ -65,15 +70,19 @@ class CollectorDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         learners = self.trainer.lightning_module.learners
-        if stage == "fit" and self.num_envs % learners:
+        if stage == "fit" and self.num_envs % (learners * self.collectors):
+            times = f" × data.collectors={self.collectors}" if self.collectors > 1 else ""
             raise ConfigError(
-                f"data.num_envs={self.num_envs}: allowed are multiples of model.learners={learners}, "
+                f"data.num_envs={self.num_envs}: allowed are multiples of model.learners={learners}{times}, "
                 "so that every learner acts in as many environments"
             )
 
     def train_dataloader(self) -> Rollouts:
+        # A run may go on with other processes or environments: what is left counts in environment steps.
+        iterations, env_steps = self.trainer.lightning_module.resumed
         frames = self.num_envs * self.rollout_length * self.trainer.world_size
-        self._rollouts = Rollouts(self, max(1, round(self.env_steps / frames)))
+        left = max(0, round((self.env_steps - env_steps) / frames))
+        self._rollouts = Rollouts(self, max(1, iterations + left))
         return self._rollouts
 
     def val_dataloader(self) -> range:
@@ -137,25 +146,36 @@ class Rollouts:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        from .collector import make_collector
+        from .collector import WorkersCollector, make_collector
 
         data, module = self.data, self.data.trainer.lightning_module
-        # Environments start anew at each (re)start of a run, from a seed of their own for each process and moment.
-        seed = stream_seed(module.seed, module.global_rank, int(module.env_steps), 3)
-        env = make_env(
-            data.spec, data.num_envs, seed, data.backend, data.threads, module.device, True, data.max_episode_steps
-        )
+        # Environments start anew at each (re)start of a run, from seeds of their own for each process and moment.
+        key = module.seed, module.rank, int(module.env_steps), 3
         module.begin_rollout()  # the collector tries the policy once when it is made
-        self.collector = make_collector(env, module.act, data.rollout_length, module.device)
+        if data.collectors > 1:
+            make_envs = [
+                self._env_maker(stream_seed(*key, worker), data.collectors, "cpu") for worker in range(data.collectors)
+            ]
+            self.collector = WorkersCollector(make_envs, data.num_envs, module, data.rollout_length)
+            threads = nullcontext
+        else:
+            env = self._env_maker(stream_seed(*key), 1, module.device)()
+            self.collector = make_collector(env, module.act, data.rollout_length, module.device)
+            threads = partial(simulator_threads, env)
         try:
             rollouts = iter(self.collector)
             for _ in range(self.length):
                 module.begin_rollout()
-                with torch.no_grad(), simulator_threads(env):
+                with torch.no_grad(), threads():
                     rollout = next(rollouts)
                 yield rollout
         finally:
             self.close()
+
+    def _env_maker(self, seed: int, parts: int, device: Any) -> Callable[[], Any]:
+        data = self.data
+        num_envs, threads = data.num_envs // parts, max(1, data.threads // parts)
+        return partial(make_env, data.spec, num_envs, seed, data.backend, threads, device, True, data.max_episode_steps)
 
     def state_dict(self) -> dict:
         """Nothing: a resumed run restarts its environments. Tells Lightning that resuming within an epoch is fine."""

@@ -70,7 +70,7 @@ def write_report(
     if evaluations:
         parts.append(_section(f"Returns of {players}", _returns(evaluations)))
     if curves:
-        parts.append(_section("Learning", _image(draw_curves(curves), "learning curves")))
+        parts.append(_section("Learning, against environment steps", _image(draw_curves(curves), "learning curves")))
     if pairs_picture is not None and pairs_picture.is_file():
         parts.append(_section("The pairs", _picture("png", pairs_picture.read_bytes(), "the pairs")))
     if len(moments) > 1 and moments[0].observations[0].numel() <= 512:

@@ -19,10 +19,11 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
-from .checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
+from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
@@ -170,8 +171,10 @@ def run(args: list[str] | None = None) -> None:
             parser_class=DistillParser,
             parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
             auto_configure_optimizers=False,
+            trainer_defaults={"callbacks": [StopTogether()]},
             args=args,
         )
     except SIGTERMException:
-        # Lightning's leaves with 0, which a scheduler would take for a finished run.
-        sys.exit(128 + signal.SIGTERM)
+        # Lightning's leaves with 0, which a scheduler would take for a finished run. The other processes do leave with 0:
+        # Lightning kills the first, which may still have to write, when one of them fails.
+        sys.exit(0 if rank_zero_only.rank else 128 + signal.SIGTERM)

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -132,7 +132,9 @@ class PPO(L.LightningModule):
         self.return_moments = RunningMoments()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
-        self.seed = 0
+        self.seed, self.rank, self._precision = 0, 0, nullcontext
+        #: Iterations and environment steps made before this ``fit``, if it goes on from a checkpoint.
+        self.resumed = 0, 0
         self.evaluations: dict[str, dict[str, Evaluation]] = {}
         self._episode_returns: deque[float] = deque(maxlen=EPISODES_LOGGED)
         self._inference_seconds = 0.0
@@ -162,7 +164,7 @@ class PPO(L.LightningModule):
         All randomness of an iteration follows from (seed, rank, iteration), so a resumed run draws what the
         uninterrupted one would have drawn.
         """
-        torch.manual_seed(stream_seed(self.seed, self.global_rank, int(self.iteration)))
+        torch.manual_seed(stream_seed(self.seed, self.rank, int(self.iteration)))
         moments = self.observation_moments
         self._normaliser = moments.mean.float(), moments.std.float()
         progress = min(int(self.iteration) / self._iterations, 1.0)
@@ -185,10 +187,6 @@ class PPO(L.LightningModule):
         state["action"] = action_distribution(output, self._acting_log_std).sample()
         self._inference_seconds += time.perf_counter() - began
         return state
-
-    def _precision(self) -> AbstractContextManager:
-        """The Trainer's precision, in which Lightning runs training alone."""
-        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
 
     # --- learning -----------------------------------------------------------------------------------------------
 
@@ -284,11 +282,9 @@ class PPO(L.LightningModule):
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 self.manual_backward(policy_loss + self.value_coef * value_loss)
-                found["gradient/critic"] = clip_gradients(critic_params, self.max_grad_norm)
-                critic_optimizer.step()
+                found["gradient/critic"] = clipped_step(critic_optimizer, critic_params, self.max_grad_norm)
                 if not stopped:
-                    found["gradient/actor"] = clip_gradients(actor_params, self.max_grad_norm)
-                    actor_optimizer.step()
+                    found["gradient/actor"] = clipped_step(actor_optimizer, actor_params, self.max_grad_norm)
                 for name, tensor in found.items():
                     metrics.setdefault(name, []).append(tensor.detach())
         actor_optimizer.zero_grad()
@@ -400,8 +396,13 @@ class PPO(L.LightningModule):
         return optimizers, [self.scheduler(optimizer, self._iterations) for optimizer in optimizers]
 
     def on_fit_start(self) -> None:
-        self.seed = torch.initial_seed() % 2**31
+        self.seed, self.rank = torch.initial_seed() % 2**31, self.global_rank
+        # Lightning runs training alone in the Trainer's precision; policies act in the same.
+        self._precision = self.trainer.precision_plugin.forward_context
         self._began_at = time.perf_counter()
+
+    def on_fit_end(self) -> None:
+        self.resumed = 0, 0
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._began_at = time.perf_counter()
@@ -416,6 +417,8 @@ class PPO(L.LightningModule):
         saved = checkpoint.get("env")
         if saved is not None and saved["id"] != self.spec.id:
             raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={self.spec.id!r}")
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
         # A finished run goes on where data.env_steps was raised: its last batch was the last only then.
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
         if progress is not None:
@@ -494,16 +497,14 @@ class PPO(L.LightningModule):
         return {} if self.log_std is None else {"log_std": self.log_std.detach().mean()}
 
 
-def clip_gradients(params: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients to at most ``max_norm`` together, and return their norm [] before.
+def clipped_step(optimizer: Optimizer, params: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Step with gradients scaled to at most ``max_norm`` together; returns their norm [] before.
 
-    A norm that is NaN or infinite makes all of them zero: the batch is skipped. Decided on the device, as asking for the norm would stall it.
+    Where that is NaN or infinite nothing is changed, the optimiser's own moments neither.
     """
-    gradients = [parameter.grad for parameter in params if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.copy_(torch.where(norm.isfinite(), gradient * scale, 0.0))
+    norm = nn.utils.clip_grad_norm_(params, max_norm)
+    if norm.isfinite():
+        optimizer.step()
     return norm
 
 

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_distill import CollectorDataModule, MetaPPO
+from lightning_distill.callbacks import ExportDataset, RunReport
+from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from lightning_distill.evaluation import IN_DISTRIBUTION
 
 torch.set_num_threads(1)
-folder, iterations = Path(sys.argv[1]), int(sys.argv[2])
+folder, iterations, game = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["game"]
 
 
 class Record(L.Callback):
@@ -24,7 +27,7 @@ class Record(L.Callback):
             self.gradients.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.fresh.append(pl_module._fresh["0.weight"].clone())
+        self.fresh.append(next(iter(pl_module._fresh.values())).clone())
         if batch_idx == iterations - 1:
             # Gradients as they are before clipping, of all samples at once.
             pl_module.minibatches, pl_module.max_grad_norm = 1, 1e9
@@ -38,23 +41,29 @@ class Record(L.Callback):
 
 
 L.seed_everything(1, verbose=False)
-data = CollectorDataModule(
-    "CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20, val_learners=5, episodes=2
-)
-module = MetaPPO(data.spec, pairs=3, learners=4)
+if game:  # an encoder learns along with the critic
+    data = CollectorDataModule("ALE/Pong-v5", env_steps=2 * 4 * 8 * iterations, num_envs=4, rollout_length=8, threads=1)
+    module = MetaPPO(data.spec, pairs=3, learners=2, encoder_level=4)
+else:
+    data = CollectorDataModule(
+        "CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20, val_learners=5, episodes=2
+    )
+    module = MetaPPO(data.spec, pairs=3, learners=4)
 record = Record()
 trainer = L.Trainer(
     max_epochs=1,
     devices=2,
     accelerator="cpu",
     strategy="ddp",
-    logger=False,
-    enable_checkpointing=False,
+    logger=CSVLogger(folder, name="run"),
+    log_every_n_steps=1,
+    limit_val_batches=0 if game else None,
     enable_progress_bar=False,
     enable_model_summary=False,
     num_sanity_val_steps=0,
     default_root_dir=folder,
-    callbacks=[record],
+    plugins=[AtomicCheckpointIO()],
+    callbacks=[record, ExportDataset(), RunReport(), RunCheckpoint(filename="last", minutes=1e-9)],
 )
 trainer.fit(module, data)
 torch.save(
@@ -63,7 +72,7 @@ torch.save(
         "before": record.before,
         "gradients": record.gradients,
         "fresh": record.fresh,
-        "returns": module.evaluations[IN_DISTRIBUTION]["sampled"].returns,
+        "returns": None if game else module.evaluations[IN_DISTRIBUTION]["sampled"].returns,
         "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
     },
     folder / f"rank{trainer.global_rank}.pt",

@@ -1,7 +1,15 @@
+import multiprocessing
+import os
+import signal
+from functools import partial
+
+import lightning as L
 import pytest
 import torch
+from test_meta_ppo import Watch, small_run
 from torchrl.collectors import Collector
 
+from lightning_distill import ConfigError, MetaPPO
 from lightning_distill.collector import VectorCollector, make_collector
 from lightning_distill.envs import env_spec, make_env
 
@@ -53,3 +61,53 @@ def test_a_rollout_goes_on_where_the_one_before_ended_and_keeps_its_own_tensors(
     assert (observation[done][:, 0] - 1.25).abs().lt(0.01).all()
     assert (following[done] - observation[done]).abs().amax(-1).gt(0.1).all()
     assert first["observation"].data_ptr() != second["observation"].data_ptr()
+
+
+class Ratios(MetaPPO):
+    """Keeps how far each minibatch's policies are from those that acted."""
+
+    def _policy_loss(self, batch):
+        loss, entropy, log_ratio = super()._policy_loss(batch)
+        self.ratios = [*getattr(self, "ratios", []), log_ratio.abs().max().item()]
+        return loss, entropy, log_ratio
+
+
+def of_two_workers(*callbacks):
+    # As the command line's: an optimiser's maker that cannot be copied.
+    optimizer = partial(lambda _, parameters: torch.optim.Adam(parameters, lr=2.5e-3), (step for step in ()))
+    options = {"pairs": 3, "learners": 4, "epochs": 2, "minibatches": 2, "optimizer": optimizer}
+    return small_run("CartPole-v1", Ratios, callbacks, data={"collectors": 2}, **options)
+
+
+def test_workers_collect_together_what_the_present_policies_do():
+    watch = Watch()
+    module = of_two_workers(watch)
+    first, second = watch.rollouts
+    assert first.shape == second.shape == (16, 20)
+    assert module.env_steps == 2 * 16 * 20
+    # Also: each environment was acted in by the learner that it is counted for.
+    assert module.ratios[0] < 1e-5
+    assert module.ratios[4] < 1e-5, "the second rollout is of the changed batch"
+    assert max(module.ratios) > 1e-4
+    starts = first["observation"][:, 0]
+    assert len(starts.unique(dim=0)) == 16, "workers have start states of their own"
+    whole = torch.cat([first, second], 1)
+    done = whole["next", "done"][:, :-1].squeeze(-1)
+    assert torch.equal(whole["next", "observation"][:, :-1][~done], whole["observation"][:, 1:][~done])
+
+
+def test_a_lost_collector_ends_the_run():
+    class Kill(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            os.kill(trainer.datamodule._rollouts.collector.workers.procs[0].pid, signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match=r"a worker of data.collectors ended"):
+        of_two_workers(Kill())
+    assert not multiprocessing.active_children()
+
+
+def test_environments_are_shared_out_evenly():
+    with pytest.raises(
+        ConfigError, match=r"num_envs=16: allowed are multiples of model.learners=4 × data.collectors=3"
+    ):
+        small_run(data={"collectors": 3})

@@ -1,3 +1,4 @@
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,27 @@ from lightning_distill.evaluation import VALIDATION_SEED, Evaluator
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    done = subprocess.run([sys.executable, str(SCRIPT), str(folder), "20"], capture_output=True, text=True, timeout=200)
+def in_two_processes(folder, *arguments):
+    command = [sys.executable, str(SCRIPT), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return in_two_processes(folder, "20")
+
+
+@pytest.fixture(scope="module")
+def playing(tmp_path_factory):
+    """A game, with an encoder."""
+    return in_two_processes(tmp_path_factory.mktemp("game"), "2", "game")
 
 
 def trained(rank):
@@ -28,32 +44,58 @@ def trained(rank):
     return module
 
 
-def test_processes_agree_bit_for_bit_after_twenty_iterations(ranks):
-    first, second = ranks
+@pytest.mark.parametrize("which", ["ranks", "playing"])
+def test_processes_agree_bit_for_bit(which, request):
+    """…after twenty iterations of cart-pole, and after two of a game."""
+    first, second = request.getfixturevalue(which)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
 
 
-def test_gradients_of_two_processes_are_those_of_one_with_all_the_data(ranks):
-    """One process: twice the learners, all of both rollouts, its own statistics and its own sums."""
+def expected_gradients(module, ranks):
+    """Those of one process: twice the learners, all of both rollouts, its own statistics and its own sums."""
     before = [rank["before"] for rank in ranks]
-    module = MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=8)
     module.load_state_dict(before[0]["state"])
     module._sum_over_processes = lambda tensor: tensor
     module._fresh = {name: torch.cat([part["fresh"][name] for part in before]) for name in before[0]["fresh"]}
     module._normaliser, module._acting_log_std = before[0]["normaliser"], None
     module._running = torch.cat([part["running"] for part in before], dim=1)
-    rollout = torch.cat([TensorDict.from_dict(part["rollout"], batch_size=[16, 20]) for part in before])
+    count, steps = before[0]["rollout"]["action"].shape
+    rollout = torch.cat([TensorDict.from_dict(part["rollout"], batch_size=[count, steps]) for part in before])
     samples = module._samples(rollout)
     samples |= module._inputs(samples["observation"])
     policy_loss, *_ = module._policy_loss(samples)
     value_loss = (module.critic(samples["critic_input"]).squeeze(-1) - samples["value_target"]).square().mean()
     (policy_loss + value_loss).backward()
-    expected = [[p.grad for p in part.parameters()] for part in (module.critic, module.actor)]
+    return [[parameter.grad for parameter in part] for part in (module._critic_params(), module.actor.parameters())]
+
+
+def check_gradients(module, ranks):
+    expected = expected_gradients(module, ranks)
     for rank in ranks:
         for found, wanted in zip(rank["gradients"], expected, strict=True):
             for gradient, reference in zip(found, wanted, strict=True):
-                assert (gradient - reference).abs().max() <= 1e-5 * reference.abs().max()
+                assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_gradients_of_two_processes_are_those_of_one_with_all_the_data(ranks):
+    check_gradients(MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=8), ranks)
+
+
+def test_gradients_of_an_encoder_are_those_of_one_process(playing):
+    module = MetaPPO(env_spec("ALE/Pong-v5"), pairs=3, learners=4, encoder_level=4)
+    check_gradients(module, playing)
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.encoder.parameters())
+
+
+def test_files_are_written_once(ranks, folder):
+    [run] = (folder / "run").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert {"distilled.safetensors", "last.safetensors", "metrics.csv", "environment.json", "checkpoints"} <= names
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    with (run / "metrics.csv").open(newline="") as file:
+        steps = [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]]
+    assert steps == [640.0 * iteration for iteration in range(1, 21)]
 
 
 def test_each_process_draws_learners_of_its_own(ranks):

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, or break: what is on the disk is whole, and goes on."""
 
+import copy
 import csv
 import errno
 import os
@@ -21,7 +22,7 @@ from lightning_distill import CollectorDataModule, ConfigError, MetaPPO, load
 from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
 from lightning_distill.cli import main
 from lightning_distill.data import Rollouts
-from lightning_distill.ppo import clip_gradients
+from lightning_distill.ppo import clipped_step
 
 CONF = Path(__file__).parents[1] / "conf"
 FIT = [
@@ -99,6 +100,16 @@ def test_terminated_and_killed_runs_go_on_from_last(here):
     fit("--ckpt_path=last", f"--data.env_steps={env_steps(last[1]) + 3 * 640}")
     assert logged_steps(runs[2]) == [env_steps(last[1]) + i * 640 for i in (1, 2, 3)]
     assert load(runs[2] / "distilled.safetensors").metadata["returns"]
+
+
+def test_terminated_processes_save_together(here):
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    last = run / "checkpoints" / "last.ckpt"
+    both = started(here, "--data.env_steps=100_000_000", "--trainer.devices=2", OFTEN)
+    wait_for(last.exists, both)
+    both.send_signal(signal.SIGTERM)
+    assert both.wait(60) == 128 + signal.SIGTERM
+    assert load(run / "last.safetensors").metadata["env_steps"] == env_steps(last) > 0
 
 
 def test_last_is_the_newest_of_the_same_config(tmp_path):
@@ -196,6 +207,14 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     assert not torch.equal(without_restart.synthetic_batch.targets, resumed.synthetic_batch.targets), "a restart shows"
 
 
+def test_a_run_goes_on_with_other_environments_for_the_steps_that_are_left(here):
+    """Its length is in environment steps, not in iterations, whose size may change with the number of processes, too."""
+    fit("--data.env_steps=6_400")
+    fit("--ckpt_path=last", "--data.env_steps=12_800", "--data.num_envs=64")
+    runs = here / "runs" / "CartPole-v1"
+    assert logged_steps(runs / "version_1") == [6_400 + 1_280 * i for i in (1, 2, 3, 4, 5)]
+
+
 def test_an_environment_that_breaks_leaves_what_was_learned(here):
     with pytest.raises(RuntimeError, match="the simulator broke"):
         main(BREAKS)
@@ -218,7 +237,7 @@ def test_a_lost_worker_ends_the_run(here, monkeypatch):
             yield rollout
 
     monkeypatch.setattr(Rollouts, "__iter__", losing)
-    with pytest.raises(Exception, match=r".*"):
+    with pytest.raises(RuntimeError, match="a simulator's process was lost"):
         fit("--data.env_steps=10_000", "--data.backend=processes", "--data.num_envs=2", "--model.learners=2", OFTEN)
     assert len(workers) == 2
     assert env_steps(here / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt") == 3 * 40
@@ -227,7 +246,7 @@ def test_a_lost_worker_ends_the_run(here, monkeypatch):
         assert not worker.is_alive()
 
 
-def test_a_full_disk_leaves_the_last_whole_ones(here, monkeypatch):
+def test_a_full_disk_leaves_the_last_whole_ones(here, monkeypatch, capsys):
     synchronise, calls = os.fsync, []
 
     def full(descriptor):
@@ -238,8 +257,10 @@ def test_a_full_disk_leaves_the_last_whole_ones(here, monkeypatch):
         synchronise(descriptor)
 
     monkeypatch.setattr(lightning_distill.dataset.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SystemExit) as ended:
         fit("--data.env_steps=100_000", OFTEN)
+    assert ended.value.code == 1
+    assert "error: No space left on device" in capsys.readouterr().err
     run = here / "runs" / "CartPole-v1" / "version_0"
     assert len(calls) > 12
     assert env_steps(run / "checkpoints" / "last.ckpt") == 11 * 640, "one of the twelve was environment.json"
@@ -277,24 +298,18 @@ def test_numbers_that_are_none_end_the_run(env, word, here, capsys):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
+    """Nor does the momentum of the steps before."""
     parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.Adam(parameters, lr=1.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert clipped_step(optimizer, parameters, 0.5).isfinite()
+    moved, moments = [parameter.clone() for parameter in parameters], copy.deepcopy(optimizer.state_dict())
     for bad in (float("nan"), float("inf")):
         parameters[0].grad, parameters[1].grad = torch.tensor([1.0, bad, 2.0]), torch.ones(2)
-        assert not clip_gradients(parameters, 0.5).isfinite()
-        torch.optim.Adam(parameters, lr=1.0).step()
-        assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in parameters)
-
-
-def test_gradients_are_clipped_as_torch_clips_them():
-    ours, theirs = ([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)] for _ in range(2))
-    for size in (0.01, 10.0):
-        for mine, reference in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn(3) * size
-            reference.grad = mine.grad.clone()
-        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
-        assert torch.equal(clip_gradients(ours, 0.5), norm)
-        for mine, reference in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine.grad, reference.grad)
+        assert not clipped_step(optimizer, parameters, 0.5).isfinite()
+        assert all(torch.equal(*pair) for pair in zip(parameters, moved, strict=True))
+    torch.testing.assert_close(optimizer.state_dict(), moments, rtol=0, atol=0)
 
 
 class Poisoned(MetaPPO):

@@ -7,7 +7,8 @@ the terminal observation is kept as ``next.observation`` and no bogus transition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,12 +88,14 @@ class ProcessSimulator:
 
     def reset(self, mask: np.ndarray | None) -> np.ndarray:
         options = None if mask is None else {"reset_mask": mask}
-        observation, _ = self.envs.reset(seed=self.seed, options=options)
+        with _lost_ones_named():
+            observation, _ = self.envs.reset(seed=self.seed, options=options)
         self.seed = None
         return observation
 
     def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
-        observation, reward, terminated, truncated = self.envs.step(action)[:4]
+        with _lost_ones_named():
+            observation, reward, terminated, truncated = self.envs.step(action)[:4]
         # All processes step or none, so those not in the mask play on, unseen.
         if mask is not None and (unseen := (terminated | truncated) & ~mask).any():
             self.reset(unseen)
@@ -100,6 +103,15 @@ class ProcessSimulator:
 
     def close(self) -> None:
         self.envs.close()
+
+
+@contextlib.contextmanager
+def _lost_ones_named() -> Iterator[None]:
+    """What a broken pipe means."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("a simulator's process was lost: killed, perhaps for want of memory") from error
 
 
 class EnvPoolSimulator:
