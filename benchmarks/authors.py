@@ -1,0 +1,72 @@
+"""The datasets that the paper's authors released, by our protocol: benchmarks/authors.json and a table of RESULTS.md.
+
+    python benchmarks/authors.py FOLDER
+
+FOLDER holds their files (DOI 10.5281/zenodo.16658503). 100 fresh learners each, one step, one episode. MuJoCo's come without an
+observation normaliser: learners are fed observations as they are, clipped to ±10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import marked
+import torch
+
+from lightning_distill import evaluate_all
+from lightning_distill.evaluation import IN_DISTRIBUTION, as_returns
+from lightning_distill.importing import import_released
+
+RECORD = Path(__file__).with_suffix(".json")
+#: File → environment.
+FILES = {
+    "cartpole_1dcp_b2.pt": "CartPole-v1",
+    "cartpole_1dcp_b512.pt": "CartPole-v1",
+    "cartpole_2dcp_b3.pt": "CartPole2D-v0",
+    "cartpole_2dcp_b512.pt": "CartPole2D-v0",
+    "cartpole_4dcp_b5.pt": "CartPole4D-v0",
+    "cartpole_4dcp_b512.pt": "CartPole4D-v0",
+    "cartpole_5dcp_b6.pt": "CartPole5D-v0",
+    "cartpole_5dcp_b512.pt": "CartPole5D-v0",
+    "halfcheetah_b64.ckpt": "HalfCheetah-v4",
+    "hopper_b64.ckpt": "Hopper-v4",
+    "inverteddoublependulum_b64.ckpt": "InvertedDoublePendulum-v4",
+    "ant_b64.ckpt": "Ant-v4",
+    "humanoid_b64.ckpt": "Humanoid-v4",
+    "humanoidstandup_b64.ckpt": "HumanoidStandup-v4",
+}
+
+
+def measure(folder: Path, learners: int) -> None:
+    records = []
+    for file, env in FILES.items():
+        dataset = import_released(folder / file, env)
+        found = as_returns(evaluate_all(dataset, controls=False, learners=learners))[IN_DISTRIBUTION]
+        print(file, {kind: entry["mean"] for kind, entry in found.items()}, flush=True)
+        command = f"lightning-distill import {file} --env {env} -o OUT --evaluate {learners}"
+        records.append({"file": file, "env": env, "pairs": len(dataset), "returns": found, "command": command})
+    RECORD.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="without it, the table is written anew from the record")
+    parser.add_argument("--learners", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.folder is not None:
+        measure(args.folder, args.learners)
+    rows = []
+    for record in json.loads(RECORD.read_text()):
+        cells = [f"{entry['mean']:.1f} ± {entry['ci95']:.1f}" for entry in record["returns"].values()]
+        worst = record["returns"]["sampled"]["worst"]
+        rows.append([f"`{record['file']}`", record["env"], record["pairs"], *cells, f"{worst:.1f}"])
+    marked.write(
+        "authors", marked.table(["file", "environment", "pairs", "sampled", "greedy", "worst learner, sampled"], rows)
+    )
+
+
+if __name__ == "__main__":
+    main()
