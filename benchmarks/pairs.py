@@ -1,6 +1,6 @@
 """Return against the number of pairs, from the folders that ``lightning-distill search`` leaves: a table of RESULTS.md.
 
-    lightning-distill search conf/halfcheetah.yaml --pairs 1 2 4 8 16 64 512 --level inf --output runs/pairs/halfcheetah
+    lightning-distill search conf/halfcheetah.yaml --pairs 1 2 4 8 16 64 512 --level 1e9 --output runs/pairs/halfcheetah
     python benchmarks/pairs.py pairs runs/pairs/*
 
 A level that no run reaches makes the search run them all.
