@@ -18,8 +18,8 @@ import marked
 import torch
 
 from lightning_distill import PPO, CollectorDataModule, load
-from lightning_distill.data import VALIDATION_SEED
-from lightning_distill.evaluation import Evaluator
+from lightning_distill.envs import env_spec
+from lightning_distill.evaluation import VALIDATION_SEED, Evaluator
 
 NUM_ENVS, ROLLOUT = 16, 128
 
@@ -45,9 +45,8 @@ class Curve(L.Callback):
 
 def curve(name: str, start: bool, seed: int, evaluator: Evaluator, args: argparse.Namespace) -> list[tuple[int, float]]:
     L.seed_everything(seed, verbose=False)
-    data = CollectorDataModule(
-        load(name).env, env_steps=args.env_steps, num_envs=NUM_ENVS, rollout_length=ROLLOUT, threads=args.threads
-    )
+    sizes = {"env_steps": args.env_steps, "num_envs": NUM_ENVS, "rollout_length": ROLLOUT}
+    data = CollectorDataModule(load(name).env, threads=args.threads, **sizes)
     kept = Curve(evaluator, args.points)
     trainer = L.Trainer(
         max_epochs=1,
@@ -59,8 +58,7 @@ def curve(name: str, start: bool, seed: int, evaluator: Evaluator, args: argpars
         limit_val_batches=0,
         callbacks=[kept],
     )
-    options = {} if args.lr is None else {"optimizer": lambda p: torch.optim.Adam(p, lr=args.lr, eps=1e-5)}
-    trainer.fit(PPO(data.spec, start=name if start else None, **options), data)
+    trainer.fit(PPO(data.spec, start=name if start else None), data)
     return kept.curve
 
 
@@ -77,14 +75,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--points", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=8, help="of each point")
-    parser.add_argument("--lr", type=float, help="of the policy's optimiser; default: PPO's")
-    parser.add_argument("--threads", type=int, help="of the simulator; default: one per core")
+    parser.add_argument("--threads", type=int, default=2, help="of the simulator")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    threads = {} if args.threads is None else {"threads": args.threads}
-    dataset = load(args.dataset)
-    evaluator = Evaluator(CollectorDataModule(dataset.env).spec, args.episodes, **threads)
+    evaluator = Evaluator(env_spec(load(args.dataset).env), args.episodes, threads=args.threads)
     rows = []
     for start in (False, True):
         curves = [curve(args.dataset, start, seed, evaluator, args) for seed in args.seeds]

@@ -16,15 +16,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def write(name: str, content: str, document: Path = RESULTS) -> None:
-    """Print ``content``, and put it between ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a document.
-
-    Raises:
-        ValueError: the document has no such marks.
-    """
+    """Print ``content``; where a document has the marks ``<!-- name: begin -->`` and ``<!-- name: end -->``, put it between them."""
     print(content)
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = document.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"{document}: no marks {begin} … {end}")
     pattern = f"{re.escape(begin)}.*{re.escape(end)}"
-    document.write_text(re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL))
+    document.write_text(re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", document.read_text(), flags=re.DOTALL))
