@@ -1,8 +1,8 @@
-"""The datasets that the paper's authors released, by our protocol: benchmarks/authors.json and a table of RESULTS.md.
+"""The datasets that the paper's authors released, by our protocol: benchmarks/authors/*.json and a table of RESULTS.md.
 
-    python benchmarks/authors.py FOLDER
+    python benchmarks/authors.py FOLDER/*
 
-FOLDER holds their files (DOI 10.5281/zenodo.16658503). 100 fresh learners each, one step, one episode. MuJoCo's come without an
+FOLDER holds their files (DOI 10.5281/zenodo.16658503); those that are not in the list below are left out. 100 fresh learners each, one step, one episode. MuJoCo's come without an
 observation normaliser: learners are fed observations as they are, clipped to ±10.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import marked
 import torch
@@ -19,7 +20,7 @@ from lightning_distill import evaluate_all
 from lightning_distill.evaluation import IN_DISTRIBUTION, as_returns
 from lightning_distill.importing import import_released
 
-RECORD = Path(__file__).with_suffix(".json")
+RECORDS = Path(__file__).with_suffix("")
 #: File → environment.
 FILES = {
     "cartpole_1dcp_b2.pt": "CartPole-v1",
@@ -39,33 +40,38 @@ FILES = {
 }
 
 
-def measure(folder: Path, learners: int) -> None:
-    records = []
-    for file, env in FILES.items():
-        dataset = import_released(folder / file, env)
-        found = as_returns(evaluate_all(dataset, controls=False, learners=learners))[IN_DISTRIBUTION]
-        print(file, {kind: entry["mean"] for kind, entry in found.items()}, flush=True)
-        command = f"lightning-distill import {file} --env {env} -o OUT --evaluate {learners}"
-        records.append({"file": file, "env": env, "pairs": len(dataset), "returns": found, "command": command})
-    RECORD.write_text(json.dumps(records, indent=1) + "\n")
+def measure(path: Path, learners: int) -> None:
+    """Evaluate one of their files, and keep what is found."""
+    dataset = import_released(path, FILES[path.name])
+    found = as_returns(evaluate_all(dataset, controls=False, learners=learners, threads=1))[IN_DISTRIBUTION]
+    command = f"lightning-distill import {path.name} --env {dataset.env} -o OUT --evaluate {learners}"
+    record = {"file": path.name, "env": dataset.env, "pairs": len(dataset), "returns": found, "command": command}
+    RECORDS.mkdir(exist_ok=True)
+    (RECORDS / f"{path.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def records() -> list[dict[str, Any]]:
+    """What was found, in the order of the list above."""
+    paths = [RECORDS / f"{file}.json" for file in FILES]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="without it, the table is written anew from the record")
+    parser.add_argument("files", type=Path, nargs="*", help="without them, the table is written anew from the records")
     parser.add_argument("--learners", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.folder is not None:
-        measure(args.folder, args.learners)
+    for path in args.files:
+        if path.name in FILES:
+            measure(path, args.learners)
     rows = []
-    for record in json.loads(RECORD.read_text()):
+    for record in records():
         cells = [f"{entry['mean']:.1f} ± {entry['ci95']:.1f}" for entry in record["returns"].values()]
         worst = record["returns"]["sampled"]["worst"]
         rows.append([f"`{record['file']}`", record["env"], record["pairs"], *cells, f"{worst:.1f}"])
-    marked.write(
-        "authors", marked.table(["file", "environment", "pairs", "sampled", "greedy", "worst learner, sampled"], rows)
-    )
+    header = ["file", "environment", "pairs", "sampled", "greedy", "worst learner, sampled"]
+    marked.write("authors", marked.table(header, rows))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def suite_table() -> str:
     groups = records()
     direct = ppo_returns()
     theirs = {}
-    for record in json.loads(authors.RECORD.read_text()):  # the last of an environment has the most pairs
+    for record in authors.records():  # the last of an environment has the most pairs
         theirs[record["env"]] = record["returns"]["sampled"]["mean"]
     rows = []
     for (command, method), group in groups.items():
