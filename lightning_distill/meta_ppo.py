@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .data import Stage
-from .dataset import DistilledDataset, load
+from .dataset import DistilledDataset
 from .envs import ConfigError
 from .evaluation import IN_DISTRIBUTION, Evaluation, check_matches, reported_rules, row_name
 from .learners import Params
@@ -111,11 +111,9 @@ class MetaPPO(PPO):
             optimizer=optimizer,
             critic_optimizer=critic_optimizer,
             log_std=log_std,
+            start=start,
             **kwargs,
         )
-        self.start = start
-        if start is not None:
-            self._begin_as(load(start))
 
     @torch.no_grad()
     def _begin_as(self, dataset: DistilledDataset) -> None:
@@ -140,15 +138,6 @@ class MetaPPO(PPO):
         if not self.spec.frames:
             batch.log_gain.zero_()  # it is in the normaliser already
         self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
-
-    def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
-        """Take this normaliser for good. Frames have the same one always."""
-        if self.spec.frames:
-            return
-        moments = self.observation_moments
-        moments.mean.copy_(mean)
-        moments.variance.copy_(std.square())
-        moments.count.fill_(torch.inf)  # nothing that is seen moves them
 
     @property
     def synthetic_batch(self) -> SyntheticBatch:

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .data import Stage
-from .dataset import normalise
+from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
-from .evaluation import TRAINED_POLICY, Evaluation, StackedActor
+from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
 from .learners import FIXED, LearnerFamily, Params
 from .nature import LEVELS, make_critic, make_encoder, scaled
@@ -37,6 +37,7 @@ from .objectives import (
     ppo_loss,
 )
 from .policies import ActionNoise, action_distribution
+from .teaching import teach_many
 
 Normaliser = tuple[Tensor, Tensor]
 
@@ -86,6 +87,8 @@ class PPO(L.LightningModule):
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
         final_noise: share of the learned standard deviation that is left at the end of the run; it falls linearly.
+        start: a distilled dataset, by name in the zoo or by path: the policy begins as a fresh learner of the family taught on it,
+            with its encoder, its noise and its normaliser, which stays as it is there. The critic begins anew.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class PPO(L.LightningModule):
         log_std: float = 0.0,
         log_std_min: float = -3.0,
         final_noise: PositiveFloat = 1.0,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 < final_noise <= 1:
@@ -139,6 +143,9 @@ class PPO(L.LightningModule):
         self._episode_returns: deque[float] = deque(maxlen=EPISODES_LOGGED)
         self._inference_seconds = 0.0
         self._running: Tensor | None = None
+        self.start = start
+        if start is not None:
+            self._begin_as(load(start))
 
     # --- acting -------------------------------------------------------------------------------------------------
 
@@ -467,6 +474,32 @@ class PPO(L.LightningModule):
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         """The module whose parameters ``optimizer`` changes."""
         return PolicyWeights(self.family, self.spec, self.learner_shape, log_std, log_std_min)
+
+    @torch.no_grad()
+    def _begin_as(self, dataset: DistilledDataset) -> None:
+        """Take what the dataset teaches as the actor's initial state."""
+        check_matches(dataset, self.spec)
+        if dataset.encoder_level != self.encoder_level:
+            raise ConfigError(
+                f"model.start={self.start!r}: of encoder level {dataset.encoder_level}; "
+                f"model.encoder_level={self.encoder_level} has to be the same"
+            )
+        taught = teach_many(self.family, dataset, 1).module.params
+        for name, weight in self.actor.params().items():
+            weight.copy_(taught[name])
+        self.encoder.load_state_dict(dataset.encoder)
+        if dataset.log_std is not None:
+            self.actor.noise.begin_with(dataset.log_std)
+        self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
+
+    def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
+        """Take this normaliser for good. Frames have the same one always."""
+        if self.spec.frames:
+            return
+        moments = self.observation_moments
+        moments.mean.copy_(mean)
+        moments.variance.copy_(std.square())
+        moments.count.fill_(torch.inf)  # nothing that is seen moves them
 
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""
