@@ -50,7 +50,8 @@ class TaughtLearners(Expert):
 
     def output(self, observations: Tensor) -> Tensor:
         policy = self.policy.to(observations.device)
-        return policy.output(observations.expand(TAUGHT, *observations.shape)).mean(0)
+        inputs = policy.normalised(observations)  # and encoded, once for all
+        return policy.module(inputs.expand(TAUGHT, *inputs.shape)).float().mean(0)
 
 
 class TrainedPolicy(Expert):

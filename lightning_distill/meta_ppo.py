@@ -23,7 +23,7 @@ from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO, Normaliser
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
-from .teaching import with_plain_step
+from .teaching import with_encoder_level, with_plain_step
 from .versions import versions
 
 
@@ -51,8 +51,9 @@ class MetaPPO(PPO):
         projection_step: initial κ of ``projection``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
-        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise and normaliser the run begins
-            with; the normaliser stays as it is there but for what is learned. The encoder and the critic begin anew.
+        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise, normaliser and encoder the
+            run begins with; the normaliser stays as it is there but for what is learned. The critic begins anew. Of an
+            encoder with more layers than ``encoder_level`` the first are taken, and the step size fits the learners that follow.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
 
@@ -118,6 +119,12 @@ class MetaPPO(PPO):
     @torch.no_grad()
     def _begin_as(self, dataset: DistilledDataset) -> None:
         check_matches(dataset, self.spec)
+        try:
+            dataset = with_encoder_level(dataset, self.encoder_level, self.family)
+        except ValueError as error:
+            raise ConfigError(f"model.start={self.start!r}: {error}") from None
+        if dataset.encoder:
+            self.encoder.load_state_dict(dict(dataset.encoder))
         batch = self.synthetic_batch
         for name, parameter in (("observations", batch.observations), ("targets", batch.targets)):
             begun = getattr(dataset, name)

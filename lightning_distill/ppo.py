@@ -184,12 +184,15 @@ class PPO(L.LightningModule):
 
     @torch.no_grad()
     def act(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was."""
+        """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was; of frames ``value``."""
         began = time.perf_counter()
         with self._precision():
             # Not a number would break the sampling of an action; the rollout's check names it soon enough.
             observation = self.encode(state["observation"], self._acting_normaliser).nan_to_num()
             output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
+            if self.spec.frames:
+                # An encoder is most of what a value costs, and here it has run. Of vectors a rollout's values at once cost less.
+                state["value"] = self.critic(observation).squeeze(-1)
         state["output"] = output
         state["action"] = action_distribution(output, self._acting_log_std).sample()
         self._inference_seconds += time.perf_counter() - began
@@ -214,7 +217,7 @@ class PPO(L.LightningModule):
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
         """Tensors [K, M, …] for the update of K learners from M samples each."""
         reward, done, terminated = (rollout["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
-        value = self._values(rollout["observation"])
+        value = rollout["value"] if "value" in rollout else self._values(rollout["observation"])
         # The next state's value is the next step's, except where the trace is cut; behind an end it counts for nothing.
         next_value, cut = value.roll(-1, 1), done & ~terminated
         cut[:, -1] = True
@@ -270,8 +273,7 @@ class PPO(L.LightningModule):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
                 batch |= self._inputs(batch["observation"])
-                value = self.critic(batch["critic_input"]).squeeze(-1)
-                value_loss = (value - batch["value_target"]).square().mean()
+                value_loss = self._value_loss(batch)
                 found = {"loss/value": value_loss}
                 if not stopped:
                     policy_loss, entropy, log_ratio = self._policy_loss(batch)
@@ -308,6 +310,10 @@ class PPO(L.LightningModule):
         shared = own is self._normaliser
         return {"critic_input": encoded, "input": encoded if shared else self.encode(observations, own)}
 
+    def _value_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        value = self.critic(batch["critic_input"]).squeeze(-1)
+        return (value - batch["value_target"]).square().mean()
+
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Clipped surrogate, entropy, and log π_new − log π_old of each sample."""
         output = self.family.forward(self.policy_params(), batch["input"])
@@ -322,6 +328,8 @@ class PPO(L.LightningModule):
             "observation": ("next", "observation"),
             "first observation": "observation",
         }
+        # Bytes are finite, and frames are too many to look at for nothing.
+        names = {name: key for name, key in names.items() if rollout[key].is_floating_point()}
         broken = torch.stack([rollout[key].isfinite().logical_not().any() for key in names.values()]).float()
         for name, found in zip(names, self._sum_over_processes(broken).tolist(), strict=True):
             if found:
