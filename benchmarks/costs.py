@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import marked
 
 ITERATIONS, WARM_UP = 8, 2
 COSTS = Path(__file__).parents[1] / "docs" / "costs.md"
-BEGIN, END = "<!-- costs: begin -->", "<!-- costs: end -->"
 MARK = "costs:"
 
 
@@ -72,16 +71,23 @@ def main() -> None:
         per_second = found["steps"] / found["cpu"]
         minutes = found["all_steps"] / per_second / 60
         rows.append(
-            f"| `{config}` | {found['all_steps'] / 1e6:g} M | {per_second:,.0f} | {minutes:.1f} | {found['mebibytes']:.0f} |"
+            [
+                f"`{config}`",
+                f"{found['all_steps'] / 1e6:g} M",
+                f"{per_second:,.0f}",
+                f"{minutes:.1f}",
+                f"{found['mebibytes']:.0f}",
+            ]
         )
-        print(rows[-1], flush=True)
-    table = [
-        "| config | environment steps | steps per CPU second | CPU minutes of training | peak memory, MiB |",
-        "|---|---|---|---|---|",
-        *rows,
+        print(*rows[-1], flush=True)
+    header = [
+        "config",
+        "environment steps",
+        "steps per CPU second",
+        "CPU minutes of training",
+        "peak memory, MiB",
     ]
-    content = "\n".join([BEGIN, *table, END])
-    COSTS.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: content, COSTS.read_text(), flags=re.DOTALL))
+    marked.write("costs", marked.table(header, rows), COSTS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Are distilled pairs better than an expert's own? n expert pairs, at random or by k-means, against the n distilled ones.
 
-    python benchmarks/expert_pairs.py cartpole_1d
-    python benchmarks/expert_pairs.py halfcheetah
+    python benchmarks/expert_pairs.py cartpole_1d halfcheetah
 
 The expert is a learner taught on the distilled dataset itself, so all rows share the level that is to be reached. Its
 observations are collected over 20 greedy episodes, with its outputs (logits or action means) as targets. Expert pairs are
@@ -15,6 +14,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+import marked
 import numpy as np
 import torch
 
@@ -84,34 +84,32 @@ def returns(dataset: DistilledDataset, evaluator: Evaluator, seed: int, steps: i
     return evaluator(dataset, ManySteps(dataset, steps - 1), seed=seed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
-    parser.add_argument("--learners", type=int, default=100)
-    parser.add_argument("--many", type=int, default=1000, help="steps of the rows with many steps")
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)
-    dataset = load(args.dataset)
+def rows_of(name: str, args: argparse.Namespace) -> list[list[str]]:
+    """Rows of the table for one dataset."""
+    dataset = load(name)
     spec = env_spec(dataset.env, dataset.env_kwargs)
     few, all_ = Evaluator(spec, learners=10), Evaluator(spec, learners=args.learners)
     observations, outputs = expert_samples(dataset)
     torch.manual_seed(1)
-    n = dataset.pairs
+    n, rows = dataset.pairs, []
     chosen = {"random": torch.randperm(len(observations))[:n], "k-means": nearest_to_centres(observations, n)}
 
-    print(f"{args.dataset}: {n} pairs, {args.learners} fresh learners, sampled actions")
-    print("| pairs | steps | step size | return ± 95 % CI | worst |\n|---|---|---|---|---|")
-
-    def report(name: str, data: DistilledDataset, steps: int) -> None:
-        found = returns(data, all_, REPORT_SEED, steps)
-        size = data.learning_rate.item()
-        print(
-            f"| {name} | {steps} | {size:.3g} | {found.mean:.1f} ± {found.ci95:.1f} | {found.worst:.1f} |", flush=True
+    def report(pairs: str, data: DistilledDataset, steps: int) -> None:
+        found, size = returns(data, all_, REPORT_SEED, steps), data.learning_rate.item()
+        rows.append(
+            [
+                f"`{name}` ({n})",
+                pairs,
+                steps,
+                f"{size:.3g}",
+                f"{found.mean:.1f} ± {found.ci95:.1f}",
+                f"{found.worst:.1f}",
+            ]
         )
+        print(*rows[-1], flush=True)
 
     report("distilled", dataset, 1)
-    for name, index in chosen.items():
+    for title, index in chosen.items():
         pairs = dataclasses.replace(dataset, observations=observations[index], targets=outputs[index])
 
         def sized(size: float, pairs: DistilledDataset = pairs) -> DistilledDataset:
@@ -122,7 +120,21 @@ def main() -> None:
             sizes = np.geomspace(0.01, 30, 12) * (1 if steps == 1 else 0.1)
             sizes = [size for size in sizes if not diverges(sized(size), steps)]
             scores = [returns(sized(size), few, SELECTION_SEED, steps).mean for size in sizes]
-            report(f"expert's, {name}", sized(sizes[int(np.argmax(scores))]), steps)
+            report(f"expert's, {title}", sized(sizes[int(np.argmax(scores))]), steps)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="+")
+    parser.add_argument("--learners", type=int, default=100)
+    parser.add_argument("--many", type=int, default=1000, help="steps of the rows with many steps")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    rows = [row for name in args.datasets for row in rows_of(name, args)]
+    header = ["dataset (pairs)", "pairs", "steps", "step size", "return ± 95 % CI", "worst"]
+    marked.write("expert pairs", marked.table(header, rows))
 
 
 if __name__ == "__main__":

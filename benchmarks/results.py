@@ -6,54 +6,31 @@ python benchmarks/results.py
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import authors
+import marked
+
 from lightning_distill.dataset import load, zoo
 
-RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 RECORDS = Path(__file__).parent / "records"
 CURVES = Path(__file__).parents[1] / "docs" / "learning_curves.png"
-#: Sampled actions; the datasets of Wilhelm & Ventura 2025 (DOI 10.5281/zenodo.16658503), imported and evaluated here: see
-#: the section on imported files. Their MuJoCo environments are of version v4 and come without a normaliser.
-AUTHORS = {
-    "CartPole-v1": 500,
-    "CartPole2D-v0": 358,
-    "CartPole4D-v0": 132,
-    "CartPole5D-v0": 91,
-    "Ant-v4": 735,
-    "HalfCheetah-v4": 832,
-    "Hopper-v4": 252,
-    "Humanoid-v4": 387,
-    "HumanoidStandup-v4": 89_000,
-    "InvertedDoublePendulum-v4": 132,
-}
-
-
-def line(*cells: Any) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def table(header: Iterable[str], rows: Iterable[str]) -> list[str]:
-    columns = list(header)
-    return [line(*columns), "|" + "---|" * len(columns), *rows]
 
 
 def interval(entry: dict[str, Any]) -> str:
     return f"{entry['mean']:.1f} ± {entry['ci95']:.1f}"
 
 
-def zoo_table() -> list[str]:
+def zoo_table() -> str:
     rows = []
     for name in zoo():
         dataset = load(name)
         returns = dataset.metadata["returns"]["in-distribution"]
         rows.append(
-            line(
+            [
                 f"`{name}`",
                 dataset.env,
                 dataset.pairs,
@@ -64,10 +41,10 @@ def zoo_table() -> list[str]:
                 f"{returns['sampled']['worst']:.1f}",
                 interval(returns["greedy"]),
                 f"`{dataset.metadata['command']}`",
-            )
+            ]
         )
     header = ("dataset", "environment", "pairs", "step rule", "steps", "seed", "sampled", "worst", "greedy", "command")
-    return table(header, rows)
+    return marked.table(header, rows)
 
 
 def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -79,15 +56,17 @@ def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
     return {key: sorted(group, key=lambda record: record["seed"]) for key, group in sorted(found.items())}
 
 
-def suite_table() -> list[str]:
+def suite_table() -> str:
     groups = records()
-    direct = {group[0]["env"]: group for (_, method), group in groups.items() if method == "PPO"}
+    direct = ppo_returns()
+    theirs = {}
+    for record in authors.records():  # the last of an environment has the most pairs
+        theirs[record["env"]] = record["returns"]["sampled"]["mean"]
     rows = []
     for (command, method), group in groups.items():
         first, sampled = group[0], [record["returns"]["sampled"] for record in group]
-        ppo = "" if method == "PPO" else _mean(direct.get(first["env"], []))
         rows.append(
-            line(
+            [
                 first["env"],
                 "PPO" if method == "PPO" else f"{first['pairs']} pairs",
                 f"{first['env_steps'] / 1e6:.2f} M",
@@ -96,17 +75,30 @@ def suite_table() -> list[str]:
                 f"{mean(entry['mean'] for entry in sampled):.0f}",
                 f"{min(entry['worst'] for entry in sampled):.0f}" if "worst" in sampled[0] else "",
                 f"{mean(record['returns']['greedy']['mean'] for record in group):.0f}",
-                ppo,
-                AUTHORS.get(first["env"], "") if method != "PPO" else "",
+                *(["", ""] if method == "PPO" else [of_environment(first["env"], found) for found in (direct, theirs)]),
                 f"`{command}`",
-            )
+            ]
         )
     header = ("environment", "what", "steps", "minutes", "sampled, by seed", "mean", "worst learner", "greedy", "PPO")
-    return table([*header, "authors'", "command"], rows)
+    return marked.table([*header, "authors'", "command"], rows)
 
 
-def _mean(group: list[dict[str, Any]]) -> str:
-    return f"{mean(record['returns']['sampled']['mean'] for record in group):.0f}" if group else ""
+def ppo_returns() -> dict[str, float]:
+    """Mean return of direct PPO by environment, over the records of all its runs."""
+    found = defaultdict(list)
+    for (_, method), group in records().items():
+        if method == "PPO":
+            found[group[0]["env"]] += [record["returns"]["sampled"]["mean"] for record in group]
+    return {env: mean(returns) for env, returns in found.items()}
+
+
+def of_environment(env: str, returns: dict[str, float]) -> str:
+    """The return of an environment; where there is none, that of another version of it, which is then named."""
+    if env in returns:
+        return f"{returns[env]:.0f}"
+    name = env.rpartition("-")[0]
+    other = next((known for known in returns if known.rpartition("-")[0] == name), None)
+    return "" if other is None else f"{returns[other]:.0f} ({other.rpartition('-')[2]})"
 
 
 def draw_curves() -> None:
@@ -133,12 +125,8 @@ def draw_curves() -> None:
 
 
 def main() -> None:
-    text = RESULTS.read_text()
-    for name, content in (("zoo", zoo_table()), ("suite", suite_table())):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        content = "\n".join([begin, *content, end])
-        text = re.sub(f"{begin}.*{end}", lambda _, content=content: content, text, flags=re.DOTALL)
-    RESULTS.write_text(text)
+    marked.write("zoo", zoo_table())
+    marked.write("suite", suite_table())
     draw_curves()
 
 

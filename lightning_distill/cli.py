@@ -7,6 +7,7 @@ that command is called, so that help and the light commands are there at once.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ def main(args: list[str] | None = None) -> None:
     if given[0] == "--version":
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         return
+    if importlib.util.find_spec("jsonargparse") is None:
+        print(
+            "error: installed without its dependencies, which all commands need; load and teach do not", file=sys.stderr
+        )
+        sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own environments, families and models lie where the command is typed
     if given[0] in COMMANDS:

@@ -50,7 +50,8 @@ class TaughtLearners(Expert):
 
     def output(self, observations: Tensor) -> Tensor:
         policy = self.policy.to(observations.device)
-        return policy.output(observations.expand(TAUGHT, *observations.shape)).mean(0)
+        inputs = policy.normalised(observations)  # and encoded, once for all
+        return policy.module(inputs.expand(TAUGHT, *inputs.shape)).float().mean(0)
 
 
 class TrainedPolicy(Expert):
@@ -66,7 +67,7 @@ class TrainedPolicy(Expert):
         try:
             family = settings.get("family", "paper")  # an object given in Python is not in the checkpoint
             family = as_family(family) if isinstance(family, str) else family_from(family)
-            names = ("encoder_level", "log_std_min", "observed")
+            names = ("encoder_level", "log_std_min")
             module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
             module.load_state_dict(state)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -8,10 +8,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from .dataset import normalise
 from .envs import make_env, stream_seed
 from .experts import Expert, expert_from
 from .meta_ppo import MetaPPO
 from .policies import action_distribution
+from .ppo import OBSERVATION_CLIP
 
 #: Environments in which the expert's first states are seen, and steps in each of them.
 EPISODES, STEPS = 16, 1000
@@ -50,9 +52,10 @@ class Imitation(MetaPPO):
         self.env_steps += len(observations)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
         (expert,), batch = self._expert, self.synthetic_batch
-        chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)]
+        chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)].float()
         moments = self.observation_moments
-        batch.observations.copy_(self.encode(chosen, (moments.mean.float(), moments.std.float())))
+        seen = normalise(chosen, moments.mean.float(), moments.std.float(), OBSERVATION_CLIP)
+        batch.observations.copy_(self.encoder(seen) if self.encoded_pairs else seen)
         batch.targets.copy_(expert.output(chosen))
         if expert.log_std is not None:
             batch.noise.begin_with(expert.log_std)
@@ -65,8 +68,8 @@ class Imitation(MetaPPO):
         try:
             state, states = env.reset(), []
             for _ in range(10 if self.trainer.fast_dev_run else STEPS):
-                states.append(state["observation"].float())
-                state["action"] = action_distribution(expert.output(states[-1]), expert.log_std).sample()
+                states.append(state["observation"])
+                state["action"] = action_distribution(expert.output(states[-1].float()), expert.log_std).sample()
                 _, state = env.step_and_maybe_reset(state)
         finally:
             env.close()
@@ -84,6 +87,14 @@ class Imitation(MetaPPO):
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
         expert = rollout["output"].unflatten(0, (self.learners, -1)).flatten(1, 2)
         return super()._samples(rollout) | {"expert": expert}
+
+    def _values(self, observations: Tensor) -> Tensor:
+        """Zeros: nothing here asks what a state is worth, and of frames a critic is half of what an update costs."""
+        return observations.new_zeros(observations.shape[: -len(self.spec.observation_shape)], dtype=torch.float32)
+
+    def _value_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        # Keeps every parameter in the graph, as DDP expects.
+        return sum(parameter.sum() * 0.0 for parameter in self.critic.parameters())
 
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .data import Stage
-from .dataset import DistilledDataset, load
+from .dataset import DistilledDataset
 from .envs import ConfigError
 from .evaluation import IN_DISTRIBUTION, Evaluation, check_matches, reported_rules, row_name
 from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO, Normaliser
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
-from .teaching import with_plain_step
+from .teaching import with_encoder_level, with_plain_step
 from .versions import versions
 
 
@@ -40,6 +40,8 @@ class MetaPPO(PPO):
         learners: K, fresh learners in each rollout; divides the number of environments.
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
+        observation_gain: initial gain of normalised observations, before learners are fed them. A small one makes taught learners
+            more alike, so that fewer fail; the step size has to be larger then.
         step_rule: ``sgd``, ``line_search``, ``newton`` or ``projection``, see :mod:`lightning_distill.step_rules`; its
             numbers are learned.
         learning_rate: initial step size η of ``sgd``, per output dimension. The loss is a mean over dimensions, so the step
@@ -49,8 +51,9 @@ class MetaPPO(PPO):
         projection_step: initial κ of ``projection``.
         target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
-        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise and normaliser the run begins
-            with; the normaliser stays as it is there but for what is learned. The encoder and the critic begin anew.
+        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise, normaliser and encoder the
+            run begins with; the normaliser stays as it is there but for what is learned. The critic begins anew. Of an
+            encoder with more layers than ``encoder_level`` the first are taken, and the step size fits the learners that follow.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
 
@@ -61,6 +64,7 @@ class MetaPPO(PPO):
         learners: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
+        observation_gain: PositiveFloat = 1.0,
         step_rule: Literal["sgd", "line_search", "newton", "projection"] = "sgd",
         learning_rate: PositiveFloat = 0.3,
         line_search_scale: PositiveFloat = 1.0,
@@ -94,7 +98,12 @@ class MetaPPO(PPO):
             "newton_ridge": newton_ridge,
             "projection_step": projection_step,
         }
-        self._initial = {"pairs": pairs, "observation_scale": observation_scale, "target_scale": target_scale}
+        self._initial = {
+            "pairs": pairs,
+            "observation_scale": observation_scale,
+            "target_scale": target_scale,
+            "gain": observation_gain,
+        }
         super().__init__(
             spec,
             target_kl=target_kl,
@@ -103,17 +112,19 @@ class MetaPPO(PPO):
             optimizer=optimizer,
             critic_optimizer=critic_optimizer,
             log_std=log_std,
+            start=start,
             **kwargs,
         )
-        if not self.spec.frames:
-            self.synthetic_batch.observations.data[:, ~self.observation_moments.seen] = 0.0
-        self.start = start
-        if start is not None:
-            self._begin_as(load(start))
 
     @torch.no_grad()
     def _begin_as(self, dataset: DistilledDataset) -> None:
         check_matches(dataset, self.spec)
+        try:
+            dataset = with_encoder_level(dataset, self.encoder_level, self.family)
+        except ValueError as error:
+            raise ConfigError(f"model.start={self.start!r}: {error}") from None
+        if dataset.encoder:
+            self.encoder.load_state_dict(dict(dataset.encoder))
         batch = self.synthetic_batch
         for name, parameter in (("observations", batch.observations), ("targets", batch.targets)):
             begun = getattr(dataset, name)
@@ -131,16 +142,9 @@ class MetaPPO(PPO):
             batch.set_number(name, number)
         if dataset.log_std is not None:
             batch.noise.begin_with(dataset.log_std)
+        if not self.spec.frames:
+            batch.log_gain.zero_()  # it is in the normaliser already
         self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
-
-    def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
-        """Take this normaliser for good. Frames have the same one always."""
-        if self.spec.frames:
-            return
-        moments = self.observation_moments
-        moments.mean.copy_(mean)
-        moments.variance.copy_(std.square())
-        moments.count.fill_(torch.inf)  # nothing that is seen moves them
 
     @property
     def synthetic_batch(self) -> SyntheticBatch:

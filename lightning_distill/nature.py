@@ -53,9 +53,12 @@ def level_of(shape: Sequence[int]) -> int:
 
 
 def scaled(frames: Tensor) -> Tensor:
-    """Bytes [..., C, H, W] over 255, in one pass and laid out as convolutions want them (channels last)."""
-    flat = frames.reshape(-1, *frames.shape[-3:])
-    return flat.to(torch.float32, memory_format=torch.channels_last).div_(WHITE).view(frames.shape)
+    """Bytes [..., C, H, W] over 255, laid out as convolutions want them (channels last), in the precision they run in."""
+    kind = frames.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    # Moved while they are bytes: half the time of a conversion that moves.
+    flat = frames.reshape(-1, *frames.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    return flat.to(dtype).div_(WHITE).view(frames.shape)
 
 
 class Layers(nn.Sequential):

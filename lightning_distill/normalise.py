@@ -25,31 +25,18 @@ class FrameScale(nn.Module):
         """Nothing: what a byte means is known."""
 
 
-UNSEEN_STD = 1e9
-
-
 class RunningMoments(nn.Module):
     """Mean and variance of everything seen so far, elementwise over ``shape`` (Chan, Golub & LeVeque 1979).
 
     Statistics are float64 buffers: they travel in checkpoints and never drift, whatever the number of samples.
-
-    Args:
-        shape: of one value.
-        observed: first and end (exclusive) of the entries of a vector that are to be seen; default: all. The standard deviation
-            of others is said to be so large that nothing is left of what is divided by it.
     """
 
     mean: Tensor
     variance: Tensor
     count: Tensor
-    seen: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = (), observed: tuple[int, int] | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        seen = torch.ones(shape, dtype=torch.bool)
-        if observed is not None:
-            seen[: observed[0]] = seen[observed[1] :] = False
-        self.register_buffer("seen", seen, persistent=False)
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -72,4 +59,4 @@ class RunningMoments(nn.Module):
 
     @property
     def std(self) -> Tensor:
-        return torch.where(self.seen, (self.variance + 1e-8).sqrt(), UNSEEN_STD)
+        return (self.variance + 1e-8).sqrt()

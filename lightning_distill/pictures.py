@@ -174,6 +174,7 @@ def _draw_cart_poles(figure: SubFigure, dataset: DistilledDataset, states: np.nd
     push = dataset.targets[:shown].softmax(-1).view(shown, dimensions, 2).cpu().numpy()
     logits = dataset.targets[:shown].view(shown, dimensions, 2).cpu().numpy()
     rails, poles, carts, speeds = [], [], [], []
+    fastest = max(float(np.abs(states[..., 1::2]).max()), 1e-6)
     for index in range(shown * dimensions):
         pair, dimension = divmod(index, dimensions)
         row, column = divmod(index, columns)
@@ -186,8 +187,8 @@ def _draw_cart_poles(figure: SubFigure, dataset: DistilledDataset, states: np.nd
         tip = cart + np.sin(angle), floor + 0.3 + np.cos(angle)
         carts.append(Rectangle((cart - 0.28, floor), 0.56, 0.3))
         poles.append([(cart, floor + 0.3), tip])
-        speeds.append((cart, floor + 0.15, np.clip(0.3 * x_dot, -1.2, 1.2), 0.0))
-        turn = float(np.clip(0.3 * theta_dot, -0.8, 0.8))
+        speeds.append((cart, floor + 0.15, x_dot / fastest, 0.0))
+        turn = theta_dot / fastest
         speeds.append((*tip, turn * np.cos(angle), -turn * np.sin(angle)))
         for side, likely, logit in zip((-1, 1), push[pair, dimension], logits[pair, dimension], strict=True):
             axes.annotate(
@@ -211,8 +212,8 @@ def _draw_cart_poles(figure: SubFigure, dataset: DistilledDataset, states: np.nd
     axes.set_aspect("equal")
     axes.axis("off")
     axes.set_title(
-        f"{_shown(shown, dataset)}red: velocity of cart and pole tip; blue: probability of each push by the targets, "
-        "and its logit",
+        f"{_shown(shown, dataset)}red: velocity of cart and pole tip, the longest {fastest:.2g} m/s; blue: probability of each push "
+        "by the targets, and its logit",
         fontsize="medium",
     )
 

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .data import Stage
-from .dataset import normalise
+from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
-from .evaluation import TRAINED_POLICY, Evaluation, StackedActor
+from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
 from .learners import FIXED, LearnerFamily, Params
 from .nature import LEVELS, make_critic, make_encoder, scaled
@@ -37,6 +37,7 @@ from .objectives import (
     ppo_loss,
 )
 from .policies import ActionNoise, action_distribution
+from .teaching import teach_many
 
 Normaliser = tuple[Tensor, Tensor]
 
@@ -86,8 +87,8 @@ class PPO(L.LightningModule):
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
         final_noise: share of the learned standard deviation that is left at the end of the run; it falls linearly.
-        observed: first and end (exclusive) of the entries of vector observations that policies and critic are shown; default: all.
-            Freshly drawn features cannot turn away from entries that say little, such as contact forces.
+        start: a distilled dataset, by name in the zoo or by path: the policy begins as a fresh learner of the family taught on it,
+            with its encoder, its noise and its normaliser, which stays as it is there. The critic begins anew.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class PPO(L.LightningModule):
         log_std: float = 0.0,
         log_std_min: float = -3.0,
         final_noise: PositiveFloat = 1.0,
-        observed: tuple[int, int] | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 < final_noise <= 1:
@@ -131,9 +132,7 @@ class PPO(L.LightningModule):
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
         self.actor = self.make_actor(log_std, log_std_min)
         self.critic = make_critic(self.learner_shape) if self.spec.frames else _critic(self.spec)
-        self.observation_moments = (
-            FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape, self._checked(observed))
-        )
+        self.observation_moments = FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape)
         self.return_moments = RunningMoments()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
@@ -144,6 +143,9 @@ class PPO(L.LightningModule):
         self._episode_returns: deque[float] = deque(maxlen=EPISODES_LOGGED)
         self._inference_seconds = 0.0
         self._running: Tensor | None = None
+        self.start = start
+        if start is not None:
+            self._begin_as(load(start))
 
     # --- acting -------------------------------------------------------------------------------------------------
 
@@ -182,12 +184,15 @@ class PPO(L.LightningModule):
 
     @torch.no_grad()
     def act(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was."""
+        """The collector's policy: writes ``action``, and ``output`` to tell later how likely it was; of frames ``value``."""
         began = time.perf_counter()
         with self._precision():
             # Not a number would break the sampling of an action; the rollout's check names it soon enough.
             observation = self.encode(state["observation"], self._acting_normaliser).nan_to_num()
             output = self.family.forward(self._acting, observation.unflatten(0, (self.learners, -1))).flatten(0, 1)
+            if self.spec.frames:
+                # An encoder is most of what a value costs, and here it has run. Of vectors a rollout's values at once cost less.
+                state["value"] = self.critic(observation).squeeze(-1)
         state["output"] = output
         state["action"] = action_distribution(output, self._acting_log_std).sample()
         self._inference_seconds += time.perf_counter() - began
@@ -212,7 +217,7 @@ class PPO(L.LightningModule):
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
         """Tensors [K, M, …] for the update of K learners from M samples each."""
         reward, done, terminated = (rollout["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
-        value = self._values(rollout["observation"])
+        value = rollout["value"] if "value" in rollout else self._values(rollout["observation"])
         # The next state's value is the next step's, except where the trace is cut; behind an end it counts for nothing.
         next_value, cut = value.roll(-1, 1), done & ~terminated
         cut[:, -1] = True
@@ -268,8 +273,7 @@ class PPO(L.LightningModule):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
                 batch |= self._inputs(batch["observation"])
-                value = self.critic(batch["critic_input"]).squeeze(-1)
-                value_loss = (value - batch["value_target"]).square().mean()
+                value_loss = self._value_loss(batch)
                 found = {"loss/value": value_loss}
                 if not stopped:
                     policy_loss, entropy, log_ratio = self._policy_loss(batch)
@@ -306,6 +310,10 @@ class PPO(L.LightningModule):
         shared = own is self._normaliser
         return {"critic_input": encoded, "input": encoded if shared else self.encode(observations, own)}
 
+    def _value_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        value = self.critic(batch["critic_input"]).squeeze(-1)
+        return (value - batch["value_target"]).square().mean()
+
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Clipped surrogate, entropy, and log π_new − log π_old of each sample."""
         output = self.family.forward(self.policy_params(), batch["input"])
@@ -320,6 +328,8 @@ class PPO(L.LightningModule):
             "observation": ("next", "observation"),
             "first observation": "observation",
         }
+        # Bytes are finite, and frames are too many to look at for nothing.
+        names = {name: key for name, key in names.items() if rollout[key].is_floating_point()}
         broken = torch.stack([rollout[key].isfinite().logical_not().any() for key in names.values()]).float()
         for name, found in zip(names, self._sum_over_processes(broken).tolist(), strict=True):
             if found:
@@ -473,6 +483,32 @@ class PPO(L.LightningModule):
         """The module whose parameters ``optimizer`` changes."""
         return PolicyWeights(self.family, self.spec, self.learner_shape, log_std, log_std_min)
 
+    @torch.no_grad()
+    def _begin_as(self, dataset: DistilledDataset) -> None:
+        """Take what the dataset teaches as the actor's initial state."""
+        check_matches(dataset, self.spec)
+        if dataset.encoder_level != self.encoder_level:
+            raise ConfigError(
+                f"model.start={self.start!r}: of encoder level {dataset.encoder_level}; "
+                f"model.encoder_level={self.encoder_level} has to be the same"
+            )
+        taught = teach_many(self.family, dataset, 1).module.params
+        for name, weight in self.actor.params().items():
+            weight.copy_(taught[name])
+        self.encoder.load_state_dict(dataset.encoder)
+        if dataset.log_std is not None:
+            self.actor.noise.begin_with(dataset.log_std)
+        self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
+
+    def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
+        """Take this normaliser for good. Frames have the same one always."""
+        if self.spec.frames:
+            return
+        moments = self.observation_moments
+        moments.mean.copy_(mean)
+        moments.variance.copy_(std.square())
+        moments.count.fill_(torch.inf)  # nothing that is seen moves them
+
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""
 
@@ -489,15 +525,6 @@ class PPO(L.LightningModule):
         encoder = make_encoder(level)
         with torch.no_grad():
             return level, encoder, tuple(encoder(torch.zeros(1, *shape)).shape[1:])
-
-    def _checked(self, observed: tuple[int, int] | None) -> tuple[int, int] | None:
-        shape = self.spec.observation_shape
-        if observed and (len(shape) != 1 or not 0 <= observed[0] < observed[1] <= shape[0]):
-            raise ConfigError(
-                f"model.observed={list(observed)}: allowed for vectors, as [first, end] with 0 ≤ first < end ≤ their length; "
-                f"observations of data.env={self.spec.id!r} have the shape {list(shape)}"
-            )
-        return observed
 
     def _critic_params(self) -> list[nn.Parameter]:
         return [*self.critic.parameters(), *self.encoder.parameters()]

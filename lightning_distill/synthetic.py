@@ -17,7 +17,9 @@ class SyntheticBatch(nn.Module):
     log standard deviation.
 
     The correction is a gain and a shift of each number in the observations. Learners draw their features at random, so they cannot
-    turn away from what does not matter; and as their biases are 0, a tanh network is an odd function of what it is fed.
+    turn away from what does not matter; and as their biases are 0, a tanh network is an odd function of what it is fed. Where the gain
+    is small a network is nearly linear, and orthogonal layers at least as wide as what they are fed keep all angles: taught learners
+    then differ little from each other.
 
     Args:
         spec: gives the targets' shape, and the range of continuous actions that the initial noise is a share of.
@@ -25,6 +27,7 @@ class SyntheticBatch(nn.Module):
         pairs: n.
         numbers: initial values of what the step rule needs beside the pairs, by name.
         observation_scale, target_scale: standard deviation of the normal initial values.
+        gain: initial gain.
         log_std, log_std_min: see :class:`lightning_distill.policies.ActionNoise`.
     """
 
@@ -36,6 +39,7 @@ class SyntheticBatch(nn.Module):
         numbers: Mapping[str, float],
         observation_scale: float = 0.5,
         target_scale: float = 0.5,
+        gain: float = 1.0,
         log_std: float = -0.5,
         log_std_min: float = -3.0,
     ) -> None:
@@ -44,7 +48,7 @@ class SyntheticBatch(nn.Module):
         self.targets = nn.Parameter(torch.randn(pairs, spec.actions) * target_scale)
         if not spec.frames:
             self.shift = nn.Parameter(torch.zeros(spec.observation_shape))
-            self.log_gain = nn.Parameter(torch.zeros(spec.observation_shape))
+            self.log_gain = nn.Parameter(torch.full(spec.observation_shape, math.log(gain)))
         # Logarithms are learned: numbers stay positive.
         self._numbers = tuple(numbers)
         for name, value in numbers.items():

@@ -27,6 +27,7 @@ from .learners import (
     count_learners,
     stack_parameters,
 )
+from .nature import CONVOLUTIONS, HIDDEN
 from .step_rules import STEP_RULES, StepRule, best_steps
 
 if TYPE_CHECKING:
@@ -275,6 +276,29 @@ def with_plain_step(dataset: DistilledDataset, family: LearnerFamily, learners: 
     """
     step = _mean_best_step(dataset, family, learners)
     return dataclasses.replace(dataset, learning_rate=step * (dataset.line_search_scale or 1.0))
+
+
+def with_encoder_level(dataset: DistilledDataset, level: int, family: LearnerFamily) -> DistilledDataset:
+    """The dataset with no more than the first layers of its encoder, for learners that are all that follows.
+
+    Its η becomes such that their steps, compared with the best ones, are as long as before.
+
+    Raises:
+        ValueError: the pairs are an encoder's features, which other learners are not fed; or it has fewer layers.
+    """
+    if level > dataset.encoder_level or (dataset.encoded and level < dataset.encoder_level):
+        raise ValueError(
+            f"encoder level {level}: allowed are levels up to the dataset's {dataset.encoder_level}, with frames as pairs"
+        )
+    if level == dataset.encoder_level:
+        return dataset
+    kept = [f"{name}.{part}" for name in (*CONVOLUTIONS, HIDDEN)[:level] for part in ("weight", "bias")]
+    cut = dataclasses.replace(
+        with_line_search(dataset, family),
+        encoder={name: dataset.encoder[name] for name in kept},
+        metadata={**dataset.metadata, "encoder_level": str(level)},
+    )
+    return with_plain_step(cut, family)
 
 
 def _mean_best_step(dataset: DistilledDataset, family: LearnerFamily, learners: int) -> Tensor:

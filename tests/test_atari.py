@@ -15,9 +15,11 @@ from lightning_distill.envs import EnvSpec, env_spec, make_env
 from lightning_distill.envs.atari import AtariSimulator
 from lightning_distill.evaluation import trained_family
 from lightning_distill.families import family_named
+from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
 from lightning_distill.nature import encoder_from, make_critic, make_encoder
 from lightning_distill.pictures import draw_pairs
+from lightning_distill.teaching import with_line_search
 
 SPEC = EnvSpec("ALE/Pong-v5", (4, 84, 84), "discrete", 6, observation_dtype="uint8")
 SHAPES = [(4, 84, 84), (32, 20, 20), (64, 9, 9), (64, 7, 7), (512,)]
@@ -221,6 +223,34 @@ def test_meta_gradient_reaches_pairs_and_encoder(level, encoded):
         parameter.data[at] = kept
         found = (values[0] - values[1]) / (2 * step)
         assert gradient[at].item() == pytest.approx(found, rel=1e-3, abs=1e-9), name
+
+
+def test_a_run_starts_from_a_dataset_of_a_higher_encoder_level(tmp_path):
+    path = str(module(4).distilled().save(tmp_path / "d.safetensors"))
+    begun = module(2, start=path)
+    encoder = load(path).encoder
+    assert set(begun.encoder.state_dict()) == {name for name in encoder if name[0] in "02"}
+    for name, tensor in begun.encoder.state_dict().items():
+        assert torch.equal(tensor, encoder[name]), name
+    assert torch.equal(begun.distilled().observations, load(path).observations)
+    # Other learners: a step as long as before, compared with the best one, is another η.
+    scales = [with_line_search(made, module(2).family).line_search_scale for made in (load(path), begun.distilled())]
+    torch.testing.assert_close(*scales)
+    with pytest.raises(ConfigError, match=r"model.start=.*encoder level 4: allowed are levels up to the dataset's 2"):
+        module(4, start=str(begun.distilled().save(tmp_path / "low.safetensors")))
+
+
+def test_imitation_begins_with_frames_and_trains_no_critic(tmp_path):
+    expert = str(module(4).distilled().save(tmp_path / "d.safetensors"))
+    small = NatureCNN(width=8, channels=(2, 3, 2))
+    learning = Imitation(SPEC, expert=expert, pairs=2, learners=2, family=small, encoder_level=1)
+    frames = torch.randint(256, (5, *SPEC.observation_shape), dtype=torch.uint8)
+    learning._begin_with(frames)
+    for pair in learning.synthetic_batch.observations:
+        assert any(torch.allclose(pair, frame / 255) for frame in frames)
+    assert not learning._values(frames).any()
+    learning._value_loss({}).backward()
+    assert not any(parameter.grad.any() for parameter in learning.critic.parameters())
 
 
 # --- files in use ----------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import torch
 from handmade import make_dataset
 from PIL import Image
 
-from lightning_distill import ConfigError, DistilledDataset
+from lightning_distill import ConfigError, DistilledDataset, load
 from lightning_distill.envs import _gymnasium_env
 from lightning_distill.envs.cartpole import GymnasiumCartPole
 from lightning_distill.envs.rendering import _pose_reader, draw_cart_poles, make_rendered, render_poses
 from lightning_distill.pictures import draw_pairs
 
-POLE, ARROW = (201, 138, 75), (32, 96, 192)
+POLE, ARROW, VELOCITY = (201, 138, 75), (32, 96, 192), (208, 48, 80)
 
 
 def where(frame: np.ndarray, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +122,15 @@ def test_bodies_are_drawn_in_their_poses():
     assert np.array_equal(frames[0], frames[2])
     assert not np.array_equal(frames[0], frames[1])
     assert frames[3].std() > 5  # joints in their ranges and above the floor: still a body in the picture
+    dataset = load("halfcheetah")
+    states = (dataset.observations * dataset.observation_std + dataset.observation_mean).numpy()[[11, 30]]
+    assert render_poses("HalfCheetah-v5", {}, states)[:, :40].min() > 200  # no stripes on the floor behind the body
+
+
+def test_slow_cart_poles_have_arrows_that_can_be_seen(tmp_path):
+    slow = dataclasses.replace(cart_poles(2, 2), observation_std=torch.full((8,), 0.01))
+    with Image.open(draw_pairs(slow, tmp_path / "pairs.png")) as image:
+        assert len(where(np.asarray(image.convert("RGB")), VELOCITY)[0]) > 100
 
 
 @pytest.mark.parametrize(("dimensions", "pairs"), [(1, 2), (1, 40), (3, 4)])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_meta_ppo import small_run, trainer
 
-from lightning_distill import CollectorDataModule
-from lightning_distill.envs import env_spec
+from lightning_distill import CollectorDataModule, load
+from lightning_distill.envs import ConfigError, env_spec
 from lightning_distill.evaluation import Evaluator
 from lightning_distill.ppo import PPO
 
@@ -133,3 +133,32 @@ def test_any_policy_can_be_played():
     assert seen == [((3, 2, 1), True)]
     assert torch.equal(evaluator.play(lambda: wrong, greedy=True).returns, -torch.ones(3, 2))
     evaluator.close()
+
+
+@pytest.mark.parametrize("env", ["cartpole_1d", "inverted_pendulum"])
+def test_a_run_starts_as_a_learner_taught_on_a_dataset(env):
+    dataset = load(env)
+    spec = env_spec(dataset.env)
+    torch.manual_seed(3)
+    module = PPO(spec, start=env)
+    evaluator = Evaluator(spec, learners=5)
+    assert (
+        evaluator.play(module.present_policy).mean
+        > 0.95 * dataset.metadata["returns"]["in-distribution"]["sampled"]["mean"]
+    )
+    evaluator.close()
+    assert dataset.log_std is None or torch.allclose(module.log_std, dataset.log_std)
+
+
+def test_a_taught_start_keeps_its_normaliser_and_its_weights_are_trained():
+    begun = load("inverted_pendulum")
+    module = small_run("InvertedPendulum-v5", PPO, iterations=2, start="inverted_pendulum")
+    fresh = PPO(module.spec, start="inverted_pendulum")
+    torch.testing.assert_close(module.observation_moments.mean.float(), begun.observation_mean)
+    torch.testing.assert_close(module.observation_moments.std.float(), begun.observation_std, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(module.policy_params()["2.weight"], fresh.policy_params()["2.weight"])
+
+
+def test_a_start_for_another_environment_is_named():
+    with pytest.raises(ConfigError, match="observations"):
+        PPO(env_spec("Hopper-v5"), start="inverted_pendulum")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -259,6 +260,12 @@ def test_an_empty_zoo(monkeypatch, capsys):
     monkeypatch.setattr(dataset, "zoo", dict)
     main(["list", "--json"])
     assert read_json(capsys) == []
+
+
+def test_an_installation_without_dependencies_says_so(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jsonargparse" else find(name))
+    assert "without its dependencies" in fails(capsys, "list")
 
 
 def test_version_names_what_a_result_depends_on(capsys):

@@ -223,6 +223,7 @@ class _Body:
         model, data = self.simulator.model, self.simulator.data
         floor = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
         model.geom_matid[floor], model.geom_rgba[floor] = -1, [0.93, 0.93, 0.93, 1]
+        model.light_castshadow[:] = False  # software renderers draw the floor's shadow on itself, in black stripes
         self.parts = model.geom_bodyid > 0
         self.height = self._height_index()
         self.follows = model.jnt_type[0] in (self.free, self.slide)

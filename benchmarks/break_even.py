@@ -1,0 +1,71 @@
+"""Distil once and teach N networks, against training N policies by PPO: when does it pay?
+
+    python benchmarks/break_even.py cartpole_1d halfcheetah
+
+For each dataset of the zoo with a config in conf/ and one in conf/ppo/: CPU minutes of all the training that the two configs
+ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Returns are those of the files:
+the dataset's, and of PPO those in benchmarks/records/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import costs
+import marked
+import results
+import torch
+
+from lightning_distill import MLP, load, teach_many
+from lightning_distill.dataset import DistilledDataset
+
+ROOT = costs.COSTS.parents[1]
+
+
+def minutes(config: str) -> float:
+    found = costs.measure(ROOT / "conf" / config)
+    return found["cpu"] * found["all_steps"] / found["steps"] / 60
+
+
+def teaching_seconds(dataset: DistilledDataset, learners: int) -> float:
+    """CPU seconds of drawing and teaching so many; the second call's, as the first loads what torch loads late."""
+    for _ in range(2):
+        began = time.process_time()
+        teach_many(MLP(), dataset, learners)
+        taken = time.process_time() - began
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="+")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    direct, rows = results.ppo_returns(), []
+    for name in args.datasets:
+        dataset = load(name)
+        distil, ppo = minutes(f"{name}.yaml"), minutes(f"ppo/{name}.yaml")
+        one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))
+        least = math.floor(distil / (ppo - thousand / 1000 / 60)) + 1
+        rows.append(
+            [
+                f"`{name}`",
+                f"{distil:.1f}",
+                f"{dataset.metadata['returns']['in-distribution']['sampled']['mean']:.0f}",
+                f"{one * 1000:.1f} ms",
+                f"{thousand:.2f} s",
+                f"{ppo:.1f}",
+                results.of_environment(dataset.env, direct),
+                f"{distil + 100 * thousand / 60000:.1f} / {100 * ppo:.0f}",
+                least,
+            ]
+        )
+    header = ["dataset", "distil, minutes", "return of learners", "teach one", "teach 1000", "PPO, minutes"]
+    header += ["its return", "100 agents, minutes: taught / PPO", "break-even N"]
+    marked.write("break-even", marked.table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
