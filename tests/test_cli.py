@@ -189,7 +189,7 @@ def printed_config(capsys, monkeypatch, *args):
 
 
 def test_another_model_brings_its_own_defaults(capsys, monkeypatch, here):
-    config = ["--config", CONF / "ant.yaml", "--model.clip=0.3"]
+    config = ["--config", CONF / "pusher.yaml", "--model.clip=0.3"]
     distilling = printed_config(capsys, monkeypatch, *config)["model"]
     direct = printed_config(capsys, monkeypatch, *config, "--model=PPO", "--model.gae_lambda=0.9")["model"]
     assert distilling["class_path"].endswith(".MetaPPO")
