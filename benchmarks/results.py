@@ -48,12 +48,13 @@ def zoo_table() -> str:
 
 
 def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Records of all seeds, by command and method."""
+    """Records of all seeds, by command and method, in the order of environments."""
     found = defaultdict(list)
     for path in sorted(RECORDS.glob("*.json")):
         record = json.loads(path.read_text())
         found[record["command"], record["method"]].append(record)
-    return {key: sorted(group, key=lambda record: record["seed"]) for key, group in sorted(found.items())}
+    groups = sorted(found.items(), key=lambda entry: (entry[1][0]["env"], entry[0]))
+    return {key: sorted(group, key=lambda record: record["seed"]) for key, group in groups}
 
 
 def suite_table() -> str:
