@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Imitation(MetaPPO):
         super().__init__(spec, **kwargs)
         # In a list: the expert is no part of this module's state.
         self._expert: list[Expert] = [expert_from(expert, self.spec)]
+        self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:
             self._fix_normaliser(self._expert[0].mean, self._expert[0].std)
 

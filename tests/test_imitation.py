@@ -50,6 +50,13 @@ def test_pairs_begin_as_states_of_the_expert_with_its_outputs():
     torch.testing.assert_close(module.distilled().observation_std, expert.observation_std, atol=1e-6, rtol=1e-5)
 
 
+def test_the_experts_noise_is_kept_however_small():
+    dataset = load("inverted_double_pendulum")
+    module = Imitation(env_spec(dataset.env), expert="inverted_double_pendulum", pairs=8, log_std_min=-1.0)
+    module._begin_with(torch.randn(20, *dataset.observation_shape))
+    torch.testing.assert_close(module.log_std, dataset.log_std)
+
+
 def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
     random_state = torch.get_rng_state()
     module = Imitation(spec_of("cartpole_1d"), expert="cartpole_1d", pairs=3)
