@@ -2,7 +2,7 @@
 
     python benchmarks/generality.py cartpole_5d_general halfcheetah_general --learners 50
 
-Returns are kept in benchmarks/records/generality.json; the table holds all that is kept there.
+Returns are kept in benchmarks/generality.json; the table holds all that is kept there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_distill import evaluate_all, load
 from lightning_distill.evaluation import IN_DISTRIBUTION, as_returns, trained_family
 from lightning_distill.families import FAMILIES, HELD_OUT, families_apart
 
-RECORD = Path(__file__).parent / "records" / "generality.json"
+RECORD = Path(__file__).with_suffix(".json")
 
 
 def measured(name: str, learners: int, threads: int) -> dict[str, Any]:
