@@ -3,7 +3,7 @@
     python benchmarks/publish.py runs/CartPole-v1/version_0/distilled.safetensors cartpole_1d \
         --command "lightning fit --config conf/cartpole_1d.yaml"
 
-The returns in the file are of 100 fresh learners of the family it was distilled with, sampled and greedy.
+The returns in the file are of 100 fresh learners (Atari's whole games: 32) of the family it was distilled with, sampled and greedy.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 from pathlib import Path
 
 from lightning_distill import evaluate_all, load
-from lightning_distill.evaluation import as_returns
+from lightning_distill.evaluation import as_returns, trained_family
 from lightning_distill.tables import returns_table
+from lightning_distill.teaching import with_encoder_level
 
 ZOO = Path(__file__).parents[1] / "lightning_distill" / "zoo"
 
@@ -24,11 +25,14 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--command", required=True)
     parser.add_argument("--learners", type=int, default=100)
+    parser.add_argument("--encoder_level", type=int, help="first keep no more than so many layers of its encoder")
     args = parser.parse_args()
 
     from rich.console import Console
 
     dataset = load(args.dataset)
+    if args.encoder_level is not None:
+        dataset = with_encoder_level(dataset, args.encoder_level, trained_family(dataset))
     evaluations = evaluate_all(dataset, learners=args.learners, controls=False)
     Console().print(returns_table(args.name, evaluations))
     dataset = dataset.with_metadata(returns=as_returns(evaluations), command=args.command)
