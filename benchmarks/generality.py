@@ -44,17 +44,20 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return marked.table(["family", *(cell for name in found for cell in (f"`{name}`", "share"))], rows)
 
 
+def kept() -> dict[str, dict[str, Any]]:
+    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="*", help="names in the zoo; none: only write the table again")
     parser.add_argument("--learners", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    found = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     for name in args.datasets:
-        found[name] = measured(name, args.learners, args.threads)
-        RECORD.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
-    marked.write("generality", table(dict(sorted(found.items()))))
+        new = {name: measured(name, args.learners, args.threads)}
+        RECORD.write_text(json.dumps(dict(sorted((kept() | new).items())), indent=1) + "\n")
+    marked.write("generality", table(kept()))
 
 
 if __name__ == "__main__":
