@@ -189,12 +189,12 @@ def printed_config(capsys, monkeypatch, *args):
 
 
 def test_another_model_brings_its_own_defaults(capsys, monkeypatch, here):
-    config = ["--config", CONF / "pusher.yaml", "--model.clip=0.3"]
+    config = ["--config", CONF / "acrobot.yaml", "--model.clip=0.3"]
     distilling = printed_config(capsys, monkeypatch, *config)["model"]
     direct = printed_config(capsys, monkeypatch, *config, "--model=PPO", "--model.gae_lambda=0.9")["model"]
     assert distilling["class_path"].endswith(".MetaPPO")
     assert direct["class_path"].endswith(".PPO")
-    assert distilling["init_args"]["pairs"] == 64
+    assert distilling["init_args"]["pairs"] == 4
     assert "pairs" not in direct["init_args"]
     assert (direct["init_args"]["clip"], direct["init_args"]["gae_lambda"]) == (0.3, 0.9), "said by the user: kept"
     assert (distilling["init_args"]["target_kl"], direct["init_args"]["target_kl"]) == (0.05, math.inf)
