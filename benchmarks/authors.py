@@ -67,7 +67,7 @@ def main() -> None:
             measure(path, args.learners)
     rows = []
     for record in records():
-        cells = [f"{entry['mean']:.1f} ± {entry['ci95']:.1f}" for entry in record["returns"].values()]
+        cells = map(marked.interval, record["returns"].values())
         worst = record["returns"]["sampled"]["worst"]
         rows.append([f"`{record['file']}`", record["env"], record["pairs"], *cells, f"{worst:.1f}"])
     header = ["file", "environment", "pairs", "sampled", "greedy", "worst learner, sampled"]

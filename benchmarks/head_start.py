@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import marked
 import torch
+from training import train
 
 from lightning_distill import PPO, CollectorDataModule, load
 from lightning_distill.envs import env_spec
@@ -48,17 +49,7 @@ def curve(name: str, start: bool, seed: int, evaluator: Evaluator, args: argpars
     sizes = {"env_steps": args.env_steps, "num_envs": NUM_ENVS, "rollout_length": ROLLOUT}
     data = CollectorDataModule(load(name).env, threads=args.threads, **sizes)
     kept = Curve(evaluator, args.points)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[kept],
-    )
-    trainer.fit(PPO(data.spec, start=name if start else None), data)
+    train(PPO(data.spec, start=name if start else None), data, kept, accelerator="cpu")
     return kept.curve
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def interval(entry: Mapping[str, Any]) -> str:
+    """Mean and confidence interval of what a file states of its returns."""
+    return f"{entry['mean']:.1f} ± {entry['ci95']:.1f}"
 
 
 def write(name: str, content: str, document: Path = RESULTS) -> None:

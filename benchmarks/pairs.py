@@ -26,7 +26,7 @@ def main() -> None:
         datasets = sorted(map(load, folder.glob("pairs_*/distilled.safetensors")), key=len)
         for dataset in datasets:
             kinds = dataset.metadata["returns"]["in-distribution"]
-            cells = [f"{kinds[kind]['mean']:.1f} ± {kinds[kind]['ci95']:.1f}" for kind in ("sampled", "greedy")]
+            cells = [marked.interval(kinds[kind]) for kind in ("sampled", "greedy")]
             steps, seed = dataset.metadata["env_steps"], dataset.metadata["seed"]
             rows.append(
                 [dataset.env, len(dataset), *cells, f"{kinds['sampled']['worst']:.1f}", f"{steps / 1e6:.2f} M", seed]

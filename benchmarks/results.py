@@ -20,10 +20,6 @@ RECORDS = Path(__file__).parent / "records"
 CURVES = Path(__file__).parents[1] / "docs" / "learning_curves.png"
 
 
-def interval(entry: dict[str, Any]) -> str:
-    return f"{entry['mean']:.1f} ± {entry['ci95']:.1f}"
-
-
 def zoo_table() -> str:
     rows = []
     for name in zoo():
@@ -37,9 +33,9 @@ def zoo_table() -> str:
                 dataset.step_rule,
                 f"{dataset.metadata['env_steps'] / 1e6:.2f} M",
                 dataset.metadata["seed"],
-                interval(returns["sampled"]),
+                marked.interval(returns["sampled"]),
                 f"{returns['sampled']['worst']:.1f}",
-                interval(returns["greedy"]),
+                marked.interval(returns["greedy"]),
                 f"`{dataset.metadata['command']}`",
             ]
         )

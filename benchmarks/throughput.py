@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from training import train
 
 from lightning_distill import CollectorDataModule, MetaPPO
 from lightning_distill.envs import make_env
@@ -81,16 +82,7 @@ def main() -> None:
     )
     model = MetaPPO(data.spec, args.pairs)
     timer = Throughput(data)
-    trainer = L.Trainer(
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[timer],
-    )
-    trainer.fit(model, data)
+    train(model, data, timer)
 
     bare, collect, update = map(torch.tensor, timer.seconds.values())
     # Of each iteration but the first two: the bare simulator's steps before it, its collection, its update.

@@ -79,14 +79,12 @@ class TrainedPolicy(Expert):
                 f"data.env={spec.id!r} has {its}"
             )
         self.module = module.eval().requires_grad_(False)
-        self.mean, self.std = module.observation_moments.mean.float(), module.observation_moments.std.float()
+        self.mean, self.std = module.running_normaliser()
         self.log_std = module.log_std
 
     def output(self, observations: Tensor) -> Tensor:
         module = self.module.to(observations.device)
-        inputs = module.encode(
-            observations, (module.observation_moments.mean.float(), module.observation_moments.std.float())
-        )
+        inputs = module.encode(observations, module.running_normaliser())
         return module.family.forward(module.policy_params(), inputs.unsqueeze(0))[0]
 
 

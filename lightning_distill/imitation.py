@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .dataset import normalise
 from .envs import make_env, stream_seed
-from .experts import Expert, expert_from
+from .experts import expert_from
 from .meta_ppo import MetaPPO
 from .policies import action_distribution
-from .ppo import OBSERVATION_CLIP
+from .ppo import OBSERVATION_CLIP, no_loss
 
 #: Environments in which the expert's first states are seen, and steps in each of them.
 EPISODES, STEPS = 16, 1000
@@ -37,11 +37,10 @@ class Imitation(MetaPPO):
 
     def __init__(self, spec: dict[str, Any], expert: str, **kwargs: Any) -> None:
         super().__init__(spec, **kwargs)
-        # In a list: the expert is no part of this module's state.
-        self._expert: list[Expert] = [expert_from(expert, self.spec)]
+        self._expert = expert_from(expert, self.spec)  # no module, so no part of this one's state
         self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:
-            self._fix_normaliser(self._expert[0].mean, self._expert[0].std)
+            self._fix_normaliser(self._expert.mean, self._expert.std)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -53,10 +52,9 @@ class Imitation(MetaPPO):
         """Pairs from states [m, *obs] of the expert, and its noise."""
         self.env_steps += len(observations)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
-        (expert,), batch = self._expert, self.synthetic_batch
+        expert, batch = self._expert, self.synthetic_batch
         chosen = observations[torch.randint(len(observations), (batch.pairs,), generator=generator)].float()
-        moments = self.observation_moments
-        seen = normalise(chosen, moments.mean.float(), moments.std.float(), OBSERVATION_CLIP)
+        seen = normalise(chosen, *self.running_normaliser(), OBSERVATION_CLIP)
         batch.observations.copy_(self.encoder(seen) if self.encoded_pairs else seen)
         batch.targets.copy_(expert.output(chosen))
         if expert.log_std is not None:
@@ -65,7 +63,7 @@ class Imitation(MetaPPO):
     @torch.no_grad()
     def _episodes(self) -> Tensor:
         """States [m, *obs] in which the expert acted."""
-        data, (expert,) = self.trainer.datamodule, self._expert
+        data, expert = self.trainer.datamodule, self._expert
         env = make_env(self.spec, EPISODES, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
@@ -80,7 +78,7 @@ class Imitation(MetaPPO):
     @torch.no_grad()
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
-        (expert,) = self._expert
+        expert = self._expert
         state["output"] = expert.output(state["observation"].float())
         log_std = None if expert.log_std is None else expert.log_std.to(state["output"].device)
         state["action"] = action_distribution(state["output"], log_std).sample()
@@ -95,15 +93,14 @@ class Imitation(MetaPPO):
         return observations.new_zeros(observations.shape[: -len(self.spec.observation_shape)], dtype=torch.float32)
 
     def _value_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        # Keeps every parameter in the graph, as DDP expects.
-        return sum(parameter.sum() * 0.0 for parameter in self.critic.parameters())
+        return no_loss(self.critic.parameters())
 
     def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
         output = self.family.forward(self.policy_params(), batch["input"])
         policy = action_distribution(output, self.log_std)
         # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
-        loss = divergence(batch["expert"], output, self._expert[0].log_std).mean()
+        loss = divergence(batch["expert"], output, self._expert.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .data import Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError
-from .evaluation import IN_DISTRIBUTION, Evaluation, check_matches, reported_rules, row_name
+from .evaluation import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
 from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO, Normaliser
 from .step_rules import STEP_RULES
@@ -116,15 +116,13 @@ class MetaPPO(PPO):
             **kwargs,
         )
 
-    @torch.no_grad()
-    def _begin_as(self, dataset: DistilledDataset) -> None:
-        check_matches(dataset, self.spec)
+    def _at_encoder_level(self, dataset: DistilledDataset) -> DistilledDataset:
         try:
-            dataset = with_encoder_level(dataset, self.encoder_level, self.family)
+            return with_encoder_level(dataset, self.encoder_level, self.family)
         except ValueError as error:
             raise ConfigError(f"model.start={self.start!r}: {error}") from None
-        if dataset.encoder:
-            self.encoder.load_state_dict(dict(dataset.encoder))
+
+    def _begin_actor_as(self, dataset: DistilledDataset) -> None:
         batch = self.synthetic_batch
         for name, parameter in (("observations", batch.observations), ("targets", batch.targets)):
             begun = getattr(dataset, name)
@@ -140,11 +138,8 @@ class MetaPPO(PPO):
                     f"model.start={self.start!r}: has no {name}, which model.step_rule={self.step_rule!r} needs"
                 )
             batch.set_number(name, number)
-        if dataset.log_std is not None:
-            batch.noise.begin_with(dataset.log_std)
         if not self.spec.frames:
             batch.log_gain.zero_()  # it is in the normaliser already
-        self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
 
     @property
     def synthetic_batch(self) -> SyntheticBatch:

@@ -160,6 +160,10 @@ class PPO(L.LightningModule):
         mean, std = normaliser or self._normaliser
         return normalise(observations.float(), mean, std, OBSERVATION_CLIP)
 
+    def running_normaliser(self) -> Normaliser:
+        """Mean and standard deviation of everything seen by this moment."""
+        return self.observation_moments.mean.float(), self.observation_moments.std.float()
+
     def policy_normaliser(self) -> Normaliser:
         """Mean and standard deviation for what policies are fed."""
         return self._normaliser
@@ -172,8 +176,7 @@ class PPO(L.LightningModule):
         uninterrupted one would have drawn.
         """
         torch.manual_seed(stream_seed(self.seed, self.rank, int(self.iteration)))
-        moments = self.observation_moments
-        self._normaliser = moments.mean.float(), moments.std.float()
+        self._normaliser = self.running_normaliser()
         progress = min(int(self.iteration) / self._iterations, 1.0)
         self.actor.noise.anneal(1 - (1 - self.final_noise) * progress)
         self.draw()
@@ -283,8 +286,7 @@ class PPO(L.LightningModule):
                         found["policy/clip_fraction"] = (log_ratio.exp() - 1).abs().gt(self.clip).float().mean()
                     stopped = bool(kl > self.target_kl)
                 if stopped:
-                    # Keeps every actor parameter in the graph, as DDP expects, with a gradient of zero.
-                    policy_loss = sum(parameter.sum() * 0.0 for parameter in actor_params)
+                    policy_loss = no_loss(actor_params)
                 else:
                     found |= {"loss/policy": policy_loss, "policy/entropy": entropy}
                     policy_loss = policy_loss - self.entropy_coef * entropy
@@ -384,8 +386,7 @@ class PPO(L.LightningModule):
 
     def present_policy(self) -> StackedActor:
         """The one policy as it is, with the normaliser of this moment, in as many environments as are asked for."""
-        params, log_std, moments = self.policy_params(), self.log_std, self.observation_moments
-        mean, std = moments.mean.float(), moments.std.float()
+        params, log_std, (mean, std) = self.policy_params(), self.log_std, self.running_normaliser()
 
         def act(observation: Tensor, sample: bool = False) -> Tensor:
             inputs = self.encoder(normalise(observation.float(), mean, std, OBSERVATION_CLIP))
@@ -485,17 +486,11 @@ class PPO(L.LightningModule):
 
     @torch.no_grad()
     def _begin_as(self, dataset: DistilledDataset) -> None:
-        """Take what the dataset teaches as the actor's initial state."""
+        """Take what the dataset teaches, its encoder, noise and normaliser as the initial state."""
         check_matches(dataset, self.spec)
-        if dataset.encoder_level != self.encoder_level:
-            raise ConfigError(
-                f"model.start={self.start!r}: of encoder level {dataset.encoder_level}; "
-                f"model.encoder_level={self.encoder_level} has to be the same"
-            )
-        taught = teach_many(self.family, dataset, 1).module.params
-        for name, weight in self.actor.params().items():
-            weight.copy_(taught[name])
-        self.encoder.load_state_dict(dataset.encoder)
+        dataset = self._at_encoder_level(dataset)
+        self.encoder.load_state_dict(dict(dataset.encoder))
+        self._begin_actor_as(dataset)
         if dataset.log_std is not None:
             self.actor.noise.begin_with(dataset.log_std)
         self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
@@ -508,6 +503,20 @@ class PPO(L.LightningModule):
         moments.mean.copy_(mean)
         moments.variance.copy_(std.square())
         moments.count.fill_(torch.inf)  # nothing that is seen moves them
+
+    def _at_encoder_level(self, dataset: DistilledDataset) -> DistilledDataset:
+        """A dataset whose encoder has as many layers as this run's, made of ``model.start``'s."""
+        if dataset.encoder_level != self.encoder_level:
+            raise ConfigError(
+                f"model.start={self.start!r}: of encoder level {dataset.encoder_level}; "
+                f"model.encoder_level={self.encoder_level} has to be the same"
+            )
+        return dataset
+
+    def _begin_actor_as(self, dataset: DistilledDataset) -> None:
+        taught = teach_many(self.family, dataset, 1).module.params
+        for name, weight in self.actor.params().items():
+            weight.copy_(taught[name])
 
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""
@@ -536,6 +545,11 @@ class PPO(L.LightningModule):
 
     def actor_metrics(self) -> dict[str, Tensor]:
         return {} if self.log_std is None else {"log_std": self.log_std.detach().mean()}
+
+
+def no_loss(params: Iterable[nn.Parameter]) -> Tensor:
+    """0, with every parameter in the graph, as DDP expects, and a gradient of zero for each."""
+    return sum(parameter.sum() * 0.0 for parameter in params)
 
 
 def clipped_step(optimizer: Optimizer, params: list[nn.Parameter], max_norm: float) -> Tensor:

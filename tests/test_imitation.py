@@ -45,7 +45,7 @@ def test_pairs_begin_as_states_of_the_expert_with_its_outputs():
     module = other_learners(1, Untrained)
     batch, moments = module.synthetic_batch, module.observation_moments
     states = batch.observations * moments.std + moments.mean
-    torch.testing.assert_close(module._expert[0].output(states.float()), batch.targets, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(module._expert.output(states.float()), batch.targets, atol=1e-3, rtol=1e-3)
     expert = load("cartpole_1d")
     torch.testing.assert_close(module.distilled().observation_std, expert.observation_std, atol=1e-6, rtol=1e-5)
 
@@ -66,7 +66,7 @@ def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
     dataset = load("cartpole_1d")
     policy = teach_many(MLP(), dataset, TAUGHT)
     outputs = policy.module(dataset.normalise(observations).expand(TAUGHT, 5, 4))
-    torch.testing.assert_close(module._expert[0].output(observations), outputs.mean(0))
+    torch.testing.assert_close(module._expert.output(observations), outputs.mean(0))
     assert not [name for name in module.state_dict() if "expert" in name]
 
 
@@ -118,7 +118,7 @@ def policy_checkpoint(tmp_path_factory):
 def test_a_policy_of_direct_rl_is_an_expert(policy_checkpoint):
     path, trained = policy_checkpoint
     module = Imitation(env_spec("Pendulum-v1"), expert=str(path), pairs=8)
-    (expert,) = module._expert
+    expert = module._expert
     observations = torch.randn(5, 3)
     moments = trained.observation_moments
     inputs = trained.encode(observations, (moments.mean.float(), moments.std.float()))

@@ -15,7 +15,7 @@ import probes  # noqa: F401  registers the probe environments
 import pytest
 import torch
 import yaml
-from test_meta_ppo import prepared, small_run
+from test_meta_ppo import prepared, small_run, trainer
 
 import lightning_distill.dataset
 from lightning_distill import CollectorDataModule, ConfigError, MetaPPO, load
@@ -166,18 +166,9 @@ def six_iterations(folder, callbacks=(), ckpt_path=None):
     data = CollectorDataModule("CartPole-v1", env_steps=16 * 20 * 6, num_envs=16, rollout_length=20)
     module = MetaPPO(data.spec, pairs=3, learners=4)
     checkpoint = RunCheckpoint(dirpath=folder, filename="last", enable_version_counter=False, save_on_exception=True)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[checkpoint, *callbacks],
-        plugins=[AtomicCheckpointIO()],
-    )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
-    return module, [optimizer.state_dict() for optimizer in trainer.optimizers], trainer.optimizers[0].param_groups
+    run = trainer(enable_checkpointing=True, callbacks=[checkpoint, *callbacks], plugins=[AtomicCheckpointIO()])
+    run.fit(module, data, ckpt_path=ckpt_path)
+    return module, [optimizer.state_dict() for optimizer in run.optimizers], run.optimizers[0].param_groups
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
