@@ -81,24 +81,57 @@ def test_who_ends_by_itself_is_not_cut():
     assert ended.all()
 
 
-def test_faster_backend_has_the_same_physics():
-    """From the same state, the same actions: the simulators agree as far as their chaos lets them."""
+WITHOUT_FORCES = {f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs", "positions", "absolute"),
+    [
+        ("HalfCheetah-v5", {}, 8, 1),
+        ("Ant-v5", {"include_cfrc_ext_in_observation": False}, 13, 2),
+        ("Humanoid-v5", WITHOUT_FORCES, 22, 2),
+    ],
+)
+def test_faster_backend_has_the_same_physics(env, kwargs, positions, absolute):
+    """From the same state, the same actions: the simulators agree as far as their chaos lets them.
+
+    An observation begins with positions, but for absolute ones, and velocities.
+    """
     pytest.importorskip("envpool")
     import gymnasium
 
-    spec = env_spec("HalfCheetah-v5")
+    spec = env_spec(env, kwargs)
     fast = make_env(spec, 1, seed=3, backend="envpool")
     start = fast.reset()["observation"][0].double().numpy()
-    slow = gymnasium.make("HalfCheetah-v5").unwrapped
+    slow = gymnasium.make(env, **kwargs).unwrapped
     slow.reset()
-    slow.set_state(np.concatenate([[0.0], start[:8]]), start[8:])
+    slow.set_state(np.concatenate([np.zeros(absolute), start[:positions]]), start[positions:])
     rng = np.random.default_rng(0)
     for _ in range(5):
-        action = rng.uniform(-1, 1, (1, 6))
+        action = rng.uniform(spec.action_low, spec.action_high)[None]
         observation, reward, *_ = fast.simulator.step(action)
         expected, expected_reward, *_ = slow.step(action[0])
-        np.testing.assert_allclose(observation[0], expected, atol=1e-4)
+        np.testing.assert_allclose(observation[0], expected, atol=1e-3)
         np.testing.assert_allclose(reward[0], expected_reward, atol=1e-4)
+
+
+def test_finished_environments_restart_in_a_smaller_observation():
+    pytest.importorskip("envpool")
+    env = make_env(env_spec("Humanoid-v5", WITHOUT_FORCES), 8, seed=0, backend="envpool")
+    state = env.reset()
+    finished = 0
+    for _ in range(60):
+        state["action"] = env.action_spec.rand()
+        step, state = env.step_and_maybe_reset(state)
+        done = step["next", "done"].squeeze(-1)
+        last, following = step["next", "observation"], state["observation"]
+        assert following.shape == (8, 45)
+        assert torch.equal(following[~done], last[~done])
+        # A humanoid starts upright, at a height of 1.4, and falls below 1.
+        assert (following[done][:, 0] - 1.4).abs().lt(0.02).all()
+        assert last[done][:, 0].lt(1.0).all()
+        finished += int(done.sum())
+    assert finished > 5
 
 
 def test_actions_are_clipped_to_the_action_space():
@@ -151,6 +184,8 @@ def test_what_cannot_be_learned_from_is_named(env, kwargs, message):
 def test_backend_that_cannot_make_an_environment_says_so():
     with pytest.raises(ConfigError, match="envpool"):
         make_env(env_spec("ProbeContext-v0"), 2, seed=0, backend="envpool")
+    with pytest.raises(ConfigError, match="reset_noise_scale"):
+        make_env(env_spec("Ant-v5", {"reset_noise_scale": 0.2}), 2, seed=0, backend="envpool")
 
 
 def test_training_and_evaluation_seeds_never_meet():

@@ -171,11 +171,15 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
 
 
 def _envpool_has(spec: EnvSpec) -> bool:
-    if spec.kwargs or importlib.util.find_spec("envpool") is None:
+    if importlib.util.find_spec("envpool") is None:
         return False
     import envpool
 
-    return spec.id in envpool.list_all_envs() and not spec.id.startswith("ALE/")
+    from .vector import observed_entries
+
+    if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/"):
+        return False
+    return not spec.kwargs or observed_entries(spec) is not None
 
 
 def make_env(
@@ -195,7 +199,8 @@ def make_env(
         num_envs: batch size of the environment.
         seed: of its start states.
         backend: who simulates a Gymnasium id: ``gymnasium`` (one after the other), ``processes`` (gymnasium, one
-            process each), ``envpool`` (C++ threads; needs the extra ``fast`` and no ``env_kwargs``); ``auto`` takes
+            process each), ``envpool`` (C++ threads; needs the extra ``fast``, and ``env_kwargs`` may only leave
+            parts out of the observation); ``auto`` takes
             envpool where it has the id. Atari games have a simulator of their own.
         threads: of envpool and of the Atari emulator.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
@@ -229,7 +234,8 @@ def make_env(
         if not _envpool_has(spec):
             raise ConfigError(
                 f"data.backend='envpool' cannot make {spec.id!r} with env_kwargs={spec.kwargs}; allowed: an id that an "
-                "installed envpool (extra 'fast') lists, without env_kwargs. Otherwise: auto, gymnasium, processes"
+                "installed envpool (extra 'fast') lists, and of env_kwargs include_PART_in_observation=false. Otherwise: auto, "
+                "gymnasium, processes"
             )
         simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads)
         return VectorEnv(spec, num_envs, simulator, seed, limit)
