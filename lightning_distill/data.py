@@ -49,7 +49,7 @@ class CollectorDataModule(L.LightningDataModule):
         env_kwargs: dict[str, Any] | None = None,
         env_steps: PositiveInt = 1_000_000,
         num_envs: PositiveInt = 32,
-        rollout_length: PositiveInt = 200,
+        rollout_length: PositiveInt = 64,
         max_episode_steps: PositiveInt | None = None,
         backend: Backend = "auto",
         threads: PositiveInt | None = None,

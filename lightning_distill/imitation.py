@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -32,11 +33,20 @@ class Imitation(MetaPPO):
         spec: as in :class:`MetaPPO`.
         expert: a checkpoint of :class:`PPO` (``*.ckpt``), or a dataset, by name in the zoo or by path; a dataset's expert is the
             mean output of 16 learners taught on it.
+        lifetime, epochs, final_noise: as in :class:`MetaPPO`, with other defaults: it is the expert that acts.
         kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
     """
 
-    def __init__(self, spec: dict[str, Any], expert: str, **kwargs: Any) -> None:
-        super().__init__(spec, **kwargs)
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        expert: str,
+        lifetime: PositiveInt = 1,
+        epochs: PositiveInt = 4,
+        final_noise: PositiveFloat = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(spec, lifetime=lifetime, epochs=epochs, final_noise=final_noise, **kwargs)
         self._expert = expert_from(expert, self.spec)  # no module, so no part of this one's state
         self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:

@@ -6,24 +6,23 @@ back-propagated through that step into the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .data import Stage
 from .dataset import DistilledDataset
-from .envs import ConfigError
+from .envs import ConfigError, stream_seed
 from .evaluation import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
 from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO, Normaliser
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
-from .teaching import with_encoder_level, with_plain_step
+from .teaching import keep_random_state, with_encoder_level, with_plain_step
 from .versions import versions
 
 
@@ -38,6 +37,8 @@ class MetaPPO(PPO):
         spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
         pairs: n, rows of the synthetic batch.
         learners: K, fresh learners in each rollout; divides the number of environments.
+        lifetime: rollouts for which learners act before others take their place. They are re-taught all the while. A learner
+            that acts longer comes to the states that its own behaviour leads to, where it may fail.
         observation_scale: standard deviation of the initial synthetic observations.
         target_scale: standard deviation of the initial targets.
         observation_gain: initial gain of normalised observations, before learners are fed them. A small one makes taught learners
@@ -49,7 +50,7 @@ class MetaPPO(PPO):
         line_search_scale: initial α of ``line_search``.
         newton_ridge: initial λ of ``newton`` and ``projection``.
         projection_step: initial κ of ``projection``.
-        target_kl, epochs, minibatches, optimizer, critic_optimizer, log_std: as in :class:`lightning_distill.ppo.PPO`.
+        target_kl, log_std, log_std_min, final_noise: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
         start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise, normaliser and encoder the
             run begins with; the normaliser stays as it is there but for what is learned. The critic begins anew. Of an
@@ -62,6 +63,7 @@ class MetaPPO(PPO):
         spec: dict[str, Any],
         pairs: PositiveInt = 64,
         learners: PositiveInt = 8,
+        lifetime: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,
         target_scale: PositiveFloat = 0.5,
         observation_gain: PositiveFloat = 1.0,
@@ -71,18 +73,14 @@ class MetaPPO(PPO):
         newton_ridge: PositiveFloat = 0.1,
         projection_step: PositiveFloat = 0.1,
         target_kl: PositiveFloat = 0.05,
-        epochs: PositiveInt = 4,
-        minibatches: PositiveInt = 4,
-        optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(p, lr=2.5e-3, eps=1e-5, fused=True),
-        critic_optimizer: Callable[[Iterable], Optimizer] = lambda p: torch.optim.Adam(
-            p, lr=1e-3, eps=1e-5, fused=True
-        ),
         log_std: float = -0.5,
+        log_std_min: float = -1.5,
+        final_noise: PositiveFloat = 0.1,
         encoded_pairs: bool = False,
         start: str | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("pairs", pairs), ("learners", learners)):
+        for name, value in (("pairs", pairs), ("learners", learners), ("lifetime", lifetime)):
             if value < 1:
                 raise ConfigError(f"model.{name}={value}: allowed are integers ≥ 1")
         if step_rule not in STEP_RULES:
@@ -91,7 +89,8 @@ class MetaPPO(PPO):
             raise ConfigError(
                 "model.encoded_pairs=true with model.encoder_level=0: allowed with an encoder, levels 1 … 4"
             )
-        self._learners, self.step_rule, self.encoded_pairs = learners, step_rule, encoded_pairs
+        self._learners, self.lifetime = learners, lifetime
+        self.step_rule, self.encoded_pairs = step_rule, encoded_pairs
         self._numbers = {
             "learning_rate": learning_rate,
             "line_search_scale": line_search_scale,
@@ -107,11 +106,9 @@ class MetaPPO(PPO):
         super().__init__(
             spec,
             target_kl=target_kl,
-            epochs=epochs,
-            minibatches=minibatches,
-            optimizer=optimizer,
-            critic_optimizer=critic_optimizer,
             log_std=log_std,
+            log_std_min=log_std_min,
+            final_noise=final_noise,
             start=start,
             **kwargs,
         )
@@ -158,7 +155,12 @@ class MetaPPO(PPO):
         )
 
     def draw(self) -> None:
-        self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
+        age = int(self.iteration) % self.lifetime
+        # Those that live on are drawn again as they were, so that a resumed run has them too.
+        with keep_random_state(self.device) if age else nullcontext():
+            if age:
+                torch.manual_seed(stream_seed(self.seed, self.rank, int(self.iteration) - age))
+            self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
 
     def policy_params(self) -> Params:
         batch = self.synthetic_batch

@@ -145,6 +145,20 @@ def test_learners_are_drawn_afresh_for_each_rollout_and_again_by_the_same_seed()
     assert torch.equal(first.rollouts[2]["observation"], again.rollouts[2]["observation"])
 
 
+def test_learners_live_for_so_many_rollouts_and_are_taught_anew_in_each():
+    brief, lasting = Watch(), Watch()
+    small_run(callbacks=[brief], iterations=5)
+    small_run(callbacks=[lasting], iterations=5, lifetime=2)
+    fresh = lasting.fresh
+    assert torch.equal(fresh[0], fresh[1])
+    assert torch.equal(fresh[2], fresh[3])
+    assert not torch.isclose(fresh[1], fresh[2]).all((1, 2)).any()
+    assert not torch.isclose(fresh[3], fresh[4]).all((1, 2)).any()
+    assert not torch.equal(lasting.taught[0], lasting.taught[1])
+    assert torch.equal(brief.fresh[0], fresh[0])
+    assert not torch.equal(lasting.rollouts[0]["action"], lasting.rollouts[1]["action"]), "randomness goes on"
+
+
 @pytest.mark.parametrize(
     ("env", "backend"),
     [("CartPole-v1", "auto"), ("HalfCheetah-v5", "auto"), ("HalfCheetah-v5", "gymnasium")],

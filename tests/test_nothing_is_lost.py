@@ -164,7 +164,7 @@ class StopAfter(L.Callback):
 def six_iterations(folder, callbacks=(), ckpt_path=None):
     L.seed_everything(1, verbose=False)
     data = CollectorDataModule("CartPole-v1", env_steps=16 * 20 * 6, num_envs=16, rollout_length=20)
-    module = MetaPPO(data.spec, pairs=3, learners=4)
+    module = MetaPPO(data.spec, pairs=3, learners=4, lifetime=4)  # longer than until the interruption
     checkpoint = RunCheckpoint(dirpath=folder, filename="last", enable_version_counter=False, save_on_exception=True)
     run = trainer(enable_checkpointing=True, callbacks=[checkpoint, *callbacks], plugins=[AtomicCheckpointIO()])
     run.fit(module, data, ckpt_path=ckpt_path)
