@@ -198,8 +198,7 @@ def test_another_model_brings_its_own_defaults(capsys, monkeypatch, here):
     assert "pairs" not in direct["init_args"]
     assert (direct["init_args"]["clip"], direct["init_args"]["gae_lambda"]) == (0.3, 0.9), "said by the user: kept"
     assert (distilling["init_args"]["target_kl"], direct["init_args"]["target_kl"]) == (0.05, math.inf)
-    rates = [model["init_args"]["optimizer"]["init_args"]["lr"] for model in (distilling, direct)]
-    assert rates[0] != rates[1]
+    assert (distilling["init_args"]["final_noise"], direct["init_args"]["final_noise"]) == (0.1, 1.0)
 
 
 @pytest.mark.parametrize("model", ["MetaPPO", "PPO"])
