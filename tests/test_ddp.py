@@ -100,7 +100,8 @@ def test_files_are_written_once(ranks, folder):
 
 def test_each_process_draws_learners_of_its_own(ranks):
     drawn = torch.cat([*ranks[0]["fresh"], *ranks[1]["fresh"]]).flatten(1)
-    assert len(drawn.unique(dim=0)) == len(drawn) == 2 * 20 * 4
+    generations = 3  # learners live for 8 of the 20 iterations
+    assert len(drawn.unique(dim=0)) == 2 * generations * 4
 
 
 def test_steps_and_statistics_are_of_all_processes(ranks):

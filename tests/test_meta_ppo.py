@@ -137,7 +137,7 @@ def test_first_minibatch_is_on_policy(env):
 def test_learners_are_drawn_afresh_for_each_rollout_and_again_by_the_same_seed():
     watches = [Watch() for _ in range(3)]
     for watch, seed in zip(watches, (1, 1, 2), strict=True):
-        small_run(callbacks=[watch], seed=seed, iterations=3)
+        small_run(callbacks=[watch], seed=seed, iterations=3, lifetime=1)
     first, again, other = watches
     assert all(torch.equal(a, b) for a, b in zip(first.fresh, again.fresh, strict=True))
     drawn = torch.cat([*first.fresh, *other.fresh]).flatten(1)
@@ -147,7 +147,7 @@ def test_learners_are_drawn_afresh_for_each_rollout_and_again_by_the_same_seed()
 
 def test_learners_live_for_so_many_rollouts_and_are_taught_anew_in_each():
     brief, lasting = Watch(), Watch()
-    small_run(callbacks=[brief], iterations=5)
+    small_run(callbacks=[brief], iterations=5, lifetime=1)
     small_run(callbacks=[lasting], iterations=5, lifetime=2)
     fresh = lasting.fresh
     assert torch.equal(fresh[0], fresh[1])
