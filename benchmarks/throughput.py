@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--num_envs", type=int, default=32)
     parser.add_argument("--rollout_length", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
 
@@ -80,14 +81,16 @@ def main() -> None:
         rollout_length=args.rollout_length,
         backend=args.backend,
     )
-    model = MetaPPO(data.spec, args.pairs)
+    model = MetaPPO(data.spec, args.pairs, epochs=args.epochs)
     timer = Throughput(data)
     train(model, data, timer)
 
     bare, collect, update = map(torch.tensor, timer.seconds.values())
     # Of each iteration but the first two: the bare simulator's steps before it, its collection, its update.
     bare, collect, update = bare[1:-1], collect[1:], update[2:]
-    print(f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {data.threads} simulator threads")
+    print(
+        f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {args.epochs} epochs, {data.threads} threads"
+    )
     for name, seconds in {
         "bare simulator, random actions": bare,
         "collection": collect,

@@ -207,7 +207,7 @@ def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
             self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     counts = Count()
-    before = small_run(iterations=1, data={"env_steps": 1}, target_kl=1e9, callbacks=[counts])
+    before = small_run(iterations=1, data={"env_steps": 1}, epochs=4, target_kl=1e9, callbacks=[counts])
     assert counts.metrics["policy/updates"] == 16
     stopped = Count()
     small_run(iterations=1, target_kl=1e-12, callbacks=[stopped])
