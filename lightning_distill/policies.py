@@ -71,8 +71,12 @@ class ActionNoise(nn.Module):
 
     @torch.no_grad()
     def begin_with(self, log_std: Tensor) -> None:
-        """Take a log standard deviation [d] in the environment's units as what is learned so far."""
+        """Take a log standard deviation [d] in the environment's units as what is learned so far.
+
+        Where it is below the minimum, there is a lower minimum from now on.
+        """
         self.relative.copy_(log_std - self.log_half_range)
+        self.log_std_min = min(self.log_std_min, self.relative.min().item())
 
     def anneal(self, share: float) -> None:
         """From now on noise is this share, in (0, 1], of what is learned."""

@@ -15,7 +15,7 @@ def other_learners(iterations, model=Imitation):
     return small_run(
         model=model,
         expert="cartpole_1d",
-        pairs=16,
+        pairs=6,
         step_rule="newton",
         family=MLP(width=32, activation="relu"),
         learners=4,

@@ -325,7 +325,7 @@ def test_a_broken_minibatch_is_skipped_and_counted():
         poisoned = {18}
 
     metrics = Metrics()
-    module = small_run(model=Once, callbacks=[metrics], pairs=3, learners=4, target_kl=1e9)
+    module = small_run(model=Once, callbacks=[metrics], pairs=3, learners=4, epochs=4, target_kl=1e9)
     assert metrics.last["gradient/skipped"] == 1
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
@@ -335,7 +335,7 @@ def test_an_iteration_without_any_gradient_ends_the_run():
         poisoned = set(range(17, 1000))
 
     with pytest.raises(ConfigError, match=r"no finite gradient of the actor in iteration 1 \(after 320 steps\)"):
-        small_run(model=Always, iterations=4, pairs=3, learners=4, target_kl=1e9)
+        small_run(model=Always, iterations=4, pairs=3, learners=4, epochs=4, target_kl=1e9)
 
 
 def test_a_dataset_of_broken_numbers_is_never_written(tmp_path):
