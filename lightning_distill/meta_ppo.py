@@ -29,7 +29,7 @@ from .versions import versions
 class MetaPPO(PPO):
     """Distils an environment into ``pairs`` (observation, target) rows.
 
-    Each iteration draws ``learners`` fresh networks, teaches them by one step, lets them act in the data module's
+    Each iteration teaches ``learners`` networks, fresh ones every ``lifetime`` iterations, by one step, lets them act in the data module's
     environments (an equal share each), and re-teaches them from the same θ₀ in every minibatch, so that the gradient of
     the PPO loss reaches the batch through the step.
 

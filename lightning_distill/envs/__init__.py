@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .spec import ConfigError, EnvSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torchrl.envs import EnvBase
 
@@ -170,16 +171,31 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
     raise ConfigError(f"data.env={env!r} has the action spec {action}; allowed: Categorical, or a bounded vector")
 
 
-def _envpool_has(spec: EnvSpec) -> bool:
-    if importlib.util.find_spec("envpool") is None:
-        return False
-    import envpool
+def _envpool_entries(spec: EnvSpec) -> np.ndarray | slice | None:
+    """Which entries of envpool's observation are this environment's; None if envpool cannot make it.
 
-    from .vector import observed_entries
+    Its arguments may only leave parts of the observation out. Gymnasium's MuJoCo environments name these arguments
+    ``include_PART_in_observation``, and the parts' sizes.
+    """
+    if importlib.util.find_spec("envpool") is None:
+        return None
+    import envpool
+    import numpy as np
 
     if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/"):
-        return False
-    return not spec.kwargs or observed_entries(spec) is not None
+        return None
+    if not spec.kwargs:
+        return slice(None)
+    if any(spec.kwargs.values()):
+        return None
+    hidden = {key.removeprefix("include_").removesuffix("_in_observation") for key in spec.kwargs}
+    made = _gymnasium_env(spec.id, {})
+    sizes = getattr(made.unwrapped, "observation_structure", {})
+    made.close()
+    if not hidden <= sizes.keys():
+        return None
+    parts = {part: size for part, size in sizes.items() if not part.startswith("skipped_")}
+    return np.flatnonzero(np.repeat([part not in hidden for part in parts], list(parts.values())))
 
 
 def make_env(
@@ -230,14 +246,15 @@ def make_env(
         env = SerialEnv(num_envs, partial(torchrl_class, **spec.kwargs))
         env.set_seed(seed)
         return _truncated(env, max_episode_steps)
-    if backend == "envpool" or (backend == "auto" and _envpool_has(spec)):
-        if not _envpool_has(spec):
+    entries = _envpool_entries(spec) if backend in ("auto", "envpool") else None
+    if backend == "envpool" or entries is not None:
+        if entries is None:
             raise ConfigError(
                 f"data.backend='envpool' cannot make {spec.id!r} with env_kwargs={spec.kwargs}; allowed: an id that an "
                 "installed envpool (extra 'fast') lists, and of env_kwargs include_PART_in_observation=false. Otherwise: auto, "
                 "gymnasium, processes"
             )
-        simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads)
+        simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads, entries=entries)
         return VectorEnv(spec, num_envs, simulator, seed, limit)
     simulator = ProcessSimulator if backend == "processes" else GymnasiumSimulator
     return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed, limit)

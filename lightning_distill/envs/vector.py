@@ -114,30 +114,13 @@ def _lost_ones_named() -> Iterator[None]:
         raise RuntimeError("a simulator's process was lost: killed, perhaps for want of memory") from error
 
 
-def observed_entries(spec: EnvSpec) -> np.ndarray | None:
-    """Which entries of the environment's default observation are left, if its arguments only leave parts out; else None.
-
-    Gymnasium's MuJoCo environments name these arguments ``include_PART_in_observation``, and the parts' sizes.
-    """
-    import gymnasium
-
-    parts = {key.removeprefix("include_").removesuffix("_in_observation"): value for key, value in spec.kwargs.items()}
-    made = gymnasium.make(spec.id, disable_env_checker=True)
-    sizes = getattr(made.unwrapped, "observation_structure", {})
-    made.close()
-    if any(spec.kwargs.values()) or not parts.keys() <= sizes.keys():
-        return None
-    shown = {part: size for part, size in sizes.items() if not part.startswith("skipped_")}
-    return np.flatnonzero(np.repeat([part not in parts for part in shown], list(shown.values())))
-
-
 class EnvPoolSimulator:
-    """``envpool``: the same physics in C++ threads (extra ``fast``)."""
+    """``envpool``: the same physics in C++ threads (extra ``fast``); of its observations only ``entries`` are shown."""
 
-    def __init__(self, spec: EnvSpec, num_envs: int, seed: int, threads: int) -> None:
+    def __init__(self, spec: EnvSpec, num_envs: int, seed: int, threads: int, entries: np.ndarray | slice) -> None:
         import envpool
 
-        self.entries = observed_entries(spec) if spec.kwargs else slice(None)
+        self.entries = entries
         self.envs = envpool.make(spec.id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
 
     def _of_all(self, partial: np.ndarray, info: dict[str, np.ndarray]) -> np.ndarray:
