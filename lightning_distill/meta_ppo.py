@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from .data import Stage
@@ -50,7 +50,7 @@ class MetaPPO(PPO):
         line_search_scale: initial α of ``line_search``.
         newton_ridge: initial λ of ``newton`` and ``projection``.
         projection_step: initial κ of ``projection``.
-        target_kl, log_std, log_std_min, final_noise: as in :class:`lightning_distill.ppo.PPO`.
+        target_kl, log_std, log_std_min, noise_rate, final_noise, noise_falls_from: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
         start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise, normaliser and encoder the
             run begins with; the normaliser stays as it is there but for what is learned. The critic begins anew. Of an
@@ -73,9 +73,11 @@ class MetaPPO(PPO):
         newton_ridge: PositiveFloat = 0.1,
         projection_step: PositiveFloat = 0.1,
         target_kl: PositiveFloat = 0.05,
-        log_std: float = -0.5,
+        log_std: float = -0.3,
         log_std_min: float = -1.5,
+        noise_rate: PositiveFloat = 0.2,
         final_noise: PositiveFloat = 0.1,
+        noise_falls_from: ClosedUnitInterval = 0.6,
         encoded_pairs: bool = False,
         start: str | None = None,
         **kwargs: Any,
@@ -108,7 +110,9 @@ class MetaPPO(PPO):
             target_kl=target_kl,
             log_std=log_std,
             log_std_min=log_std_min,
+            noise_rate=noise_rate,
             final_noise=final_noise,
+            noise_falls_from=noise_falls_from,
             start=start,
             **kwargs,
         )

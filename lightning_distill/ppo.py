@@ -86,7 +86,10 @@ class PPO(L.LightningModule):
         scheduler: called with an optimiser and the number of iterations; stepped once an iteration, for both.
         log_std: initial log standard deviation of continuous actions, relative to half the action range.
         log_std_min: lower bound of the same.
-        final_noise: share of the learned standard deviation that is left at the end of the run; it falls linearly.
+        noise_rate: learning rate of ``log_std`` over the optimiser's. Where it is learned as fast as the means, noise is gone before
+            the means have found much.
+        final_noise: share of the learned standard deviation that is left at the end of the run.
+        noise_falls_from: share of the run after which it falls there, linearly.
         start: a distilled dataset, by name in the zoo or by path: the policy begins as a fresh learner of the family taught on it,
             with its encoder, its noise and its normaliser, which stays as it is there. The critic begins anew.
     """
@@ -112,12 +115,16 @@ class PPO(L.LightningModule):
         scheduler: Callable[[Optimizer, int], LRScheduler] = LinearAnneal,
         log_std: float = 0.0,
         log_std_min: float = -3.0,
+        noise_rate: PositiveFloat = 1.0,
         final_noise: PositiveFloat = 1.0,
+        noise_falls_from: ClosedUnitInterval = 0.0,
         start: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 < final_noise <= 1:
             raise ConfigError(f"model.final_noise={final_noise}: allowed are numbers above 0, up to 1")
+        if not 0 <= noise_falls_from < 1:
+            raise ConfigError(f"model.noise_falls_from={noise_falls_from}: allowed are numbers from 0, below 1")
         # The command line gives plain values, all of which a checkpoint can hold; objects given in Python stay outside.
         objects = ("spec", "family", "optimizer", "critic_optimizer", "scheduler")
         self.save_hyperparameters(ignore=() if isinstance(spec, dict) else objects)
@@ -126,7 +133,7 @@ class PPO(L.LightningModule):
         self.family = as_family(family)
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip, self.target_kl, self.entropy_coef, self.value_coef = clip, target_kl, entropy_coef, value_coef
-        self.final_noise = final_noise
+        self.noise_rate, self.final_noise, self.noise_falls_from = noise_rate, final_noise, noise_falls_from
         self.epochs, self.minibatches, self.max_grad_norm = epochs, minibatches, max_grad_norm
         self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
@@ -178,7 +185,8 @@ class PPO(L.LightningModule):
         torch.manual_seed(stream_seed(self.seed, self.rank, int(self.iteration)))
         self._normaliser = self.running_normaliser()
         progress = min(int(self.iteration) / self._iterations, 1.0)
-        self.actor.noise.anneal(1 - (1 - self.final_noise) * progress)
+        fallen = max(0.0, (progress - self.noise_falls_from) / (1 - self.noise_falls_from))
+        self.actor.noise.anneal(1 - (1 - self.final_noise) * fallen)
         self.draw()
         self._acting_normaliser = self.policy_normaliser()
         with self._precision():
@@ -407,9 +415,19 @@ class PPO(L.LightningModule):
     # --- Lightning ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        optimizers = [self.optimizer(self.actor.parameters()), self.critic_optimizer(self._critic_params())]
+        optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
         return optimizers, [self.scheduler(optimizer, self._iterations) for optimizer in optimizers]
+
+    def _actor_optimizer(self) -> Optimizer:
+        noise = list(self.actor.noise.parameters())
+        groups = [{"params": [p for p in self.actor.parameters() if all(p is not n for n in noise)]}]
+        if noise:
+            groups.append({"params": noise})
+        optimizer = self.optimizer(groups)
+        for group in optimizer.param_groups[1:]:
+            group["lr"] *= self.noise_rate
+        return optimizer
 
     def on_fit_start(self) -> None:
         self.seed, self.rank = torch.initial_seed() % 2**31, self.global_rank

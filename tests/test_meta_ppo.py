@@ -272,7 +272,7 @@ def test_probe_terminal_states_and_time_limits():
     assert positive > 0.7
 
 
-def test_noise_falls_linearly_to_its_final_share():
+def test_noise_falls_to_its_final_share_late():
     class Seen(MetaPPO):
         seen = ()
 
@@ -282,14 +282,27 @@ def test_noise_falls_linearly_to_its_final_share():
                 learned = self.actor.noise.relative.clamp(min=self.actor.noise.log_std_min)
                 self.seen = (*self.seen, (self.log_std - self.actor.noise.log_half_range - learned).exp())
 
-    module = small_run("Pendulum-v1", Seen, iterations=4, pairs=3, learners=4, final_noise=0.2)
+    module = small_run("Pendulum-v1", Seen, iterations=10, pairs=3, learners=4, final_noise=0.2)
     shares = torch.stack(module.seen).squeeze(1)
-    assert shares[0] == 1
-    # The collector asks once when it is made, so the first share is there twice.
-    assert torch.allclose(shares[-4:], torch.tensor([1.0, 0.8, 0.6, 0.4]))
+    assert torch.allclose(shares[:-3], torch.ones(()))
+    assert torch.allclose(shares[-3:], torch.tensor([0.8, 0.6, 0.4]))
     assert torch.allclose(module.distilled().log_std, module.log_std)
-    with pytest.raises(ConfigError, match=r"final_noise=1\.5"):
-        MetaPPO(SPECS["continuous"], final_noise=1.5)
+    for name, value in (("final_noise", 1.5), ("noise_falls_from", 1.0)):
+        with pytest.raises(ConfigError, match=rf"model\.{name}={value}"):
+            MetaPPO(SPECS["continuous"], **{name: value})
+
+
+def test_noise_is_learned_at_a_rate_of_its_own():
+    """Adam's first step is the learning rate, whatever the gradient."""
+
+    def moved(rate):
+        torch.manual_seed(0)
+        options = {"epochs": 1, "minibatches": 1, "log_std": -0.3}
+        module = small_run("Pendulum-v1", MetaPPO, iterations=1, pairs=3, learners=4, noise_rate=rate, **options)
+        return (module.actor.noise.relative + 0.3).abs().item()
+
+    assert moved(1.0) == pytest.approx(1e-3, rel=0.05)
+    assert moved(0.2) == pytest.approx(2e-4, rel=0.05)
 
 
 def test_a_small_gain_makes_taught_learners_alike():
