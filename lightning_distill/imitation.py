@@ -33,6 +33,8 @@ class Imitation(MetaPPO):
         spec: as in :class:`MetaPPO`.
         expert: a checkpoint of :class:`PPO` (``*.ckpt``), or a dataset, by name in the zoo or by path; a dataset's expert is the
             mean output of 16 learners taught on it.
+        expert_noise: times the expert's standard deviation, with which it acts (continuous actions). More of it shows states beside the expert's
+            way, where learners come to be, while what is imitated stays its mean (DART, Laskey et al. 2017).
         lifetime, epochs, final_noise: as in :class:`MetaPPO`, with other defaults: it is the expert that acts.
         kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
     """
@@ -41,6 +43,7 @@ class Imitation(MetaPPO):
         self,
         spec: dict[str, Any],
         expert: str,
+        expert_noise: PositiveFloat = 1.0,
         lifetime: PositiveInt = 1,
         epochs: PositiveInt = 4,
         final_noise: PositiveFloat = 1.0,
@@ -48,6 +51,8 @@ class Imitation(MetaPPO):
     ) -> None:
         super().__init__(spec, lifetime=lifetime, epochs=epochs, final_noise=final_noise, **kwargs)
         self._expert = expert_from(expert, self.spec)  # no module, so no part of this one's state
+        log_std = self._expert.log_std
+        self._expert_log_std = None if log_std is None else log_std + math.log(expert_noise)
         self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:
             self._fix_normaliser(self._expert.mean, self._expert.std)
@@ -79,7 +84,8 @@ class Imitation(MetaPPO):
             state, states = env.reset(), []
             for _ in range(10 if self.trainer.fast_dev_run else STEPS):
                 states.append(state["observation"])
-                state["action"] = action_distribution(expert.output(states[-1].float()), expert.log_std).sample()
+                output = expert.output(states[-1].float())
+                state["action"] = action_distribution(output, self._expert_log_std).sample()
                 _, state = env.step_and_maybe_reset(state)
         finally:
             env.close()
@@ -90,7 +96,7 @@ class Imitation(MetaPPO):
         """The collector's policy is the expert."""
         expert = self._expert
         state["output"] = expert.output(state["observation"].float())
-        log_std = None if expert.log_std is None else expert.log_std.to(state["output"].device)
+        log_std = None if self._expert_log_std is None else self._expert_log_std.to(state["output"].device)
         state["action"] = action_distribution(state["output"], log_std).sample()
         return state
 

@@ -106,6 +106,20 @@ def spec_of(name):
     return env_spec(load(name).env)
 
 
+@pytest.mark.parametrize("factor", [1.0, 5.0])
+def test_an_expert_acts_with_more_noise_than_is_imitated(factor):
+    """What it would do on average is the label, whatever it does."""
+    module = Imitation(
+        env_spec("InvertedDoublePendulum-v5"), expert="inverted_double_pendulum", expert_noise=factor, pairs=8
+    )
+    torch.manual_seed(0)
+    state = module.act({"observation": torch.zeros(20_000, *module.spec.observation_shape)})
+    expected = module._expert.output(torch.zeros(1, *module.spec.observation_shape))
+    torch.testing.assert_close(state["output"], expected.expand_as(state["output"]))
+    spread = (state["action"] - state["output"]).std(0)
+    torch.testing.assert_close(spread, factor * module._expert.log_std.exp(), rtol=0.03, atol=0)
+
+
 @pytest.fixture(scope="module")
 def policy_checkpoint(tmp_path_factory):
     """A little trained policy of direct PPO, and its run's module."""
