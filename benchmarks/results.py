@@ -65,7 +65,9 @@ def suite_table() -> str:
         rows.append(
             [
                 first["env"],
-                "PPO" if method == "PPO" else f"{first['pairs']} pairs{', made steadier' * (method == 'Imitation')}",
+                {"PPO": "PPO", "Imitation": f"{first['pairs']} pairs, made steadier"}.get(
+                    method, f"{first['pairs']} pairs"
+                ),
                 f"{first['env_steps'] / 1e6:.2f} M",
                 f"{mean(record['minutes'] for record in group):.1f}",
                 ", ".join(f"{entry['mean']:.0f} ± {entry['ci95']:.0f}" for entry in sampled),
@@ -104,9 +106,10 @@ def draw_curves() -> None:
 
     by_env: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (_, method), group in records().items():
+        if method == "Imitation":  # begins where another run ended
+            continue
         for record in group:
-            if method in ("MetaPPO", "PPO"):  # imitation begins where one of these ended
-                by_env[record["env"]][method].append(record["curve"])
+            by_env[record["env"]][method].append(record["curve"])
     both = {env: methods for env, methods in by_env.items() if len(methods) > 1}
     if not both:
         return

@@ -78,15 +78,13 @@ class Imitation(MetaPPO):
     @torch.no_grad()
     def _episodes(self) -> Tensor:
         """States [m, *obs] in which the expert acted."""
-        data, expert = self.trainer.datamodule, self._expert
+        data = self.trainer.datamodule
         env = make_env(self.spec, EPISODES, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
             for _ in range(10 if self.trainer.fast_dev_run else STEPS):
                 states.append(state["observation"])
-                output = expert.output(states[-1].float())
-                state["action"] = action_distribution(output, self._expert_log_std).sample()
-                _, state = env.step_and_maybe_reset(state)
+                _, state = env.step_and_maybe_reset(self.act(state))
         finally:
             env.close()
         return torch.cat(states)
@@ -94,8 +92,7 @@ class Imitation(MetaPPO):
     @torch.no_grad()
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
-        expert = self._expert
-        state["output"] = expert.output(state["observation"].float())
+        state["output"] = self._expert.output(state["observation"].float())
         log_std = None if self._expert_log_std is None else self._expert_log_std.to(state["output"].device)
         state["action"] = action_distribution(state["output"], log_std).sample()
         return state

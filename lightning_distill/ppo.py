@@ -420,8 +420,9 @@ class PPO(L.LightningModule):
         return optimizers, [self.scheduler(optimizer, self._iterations) for optimizer in optimizers]
 
     def _actor_optimizer(self) -> Optimizer:
+        """The actor's, with the noise as a second group."""
         noise = list(self.actor.noise.parameters())
-        groups = [{"params": [p for p in self.actor.parameters() if all(p is not n for n in noise)]}]
+        groups = [{"params": [p for p in self.actor.parameters() if p not in set(noise)]}]
         if noise:
             groups.append({"params": noise})
         optimizer = self.optimizer(groups)
