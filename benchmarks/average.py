@@ -1,6 +1,6 @@
 """What the mean of taught learners reaches, the policy that ``conf/steady/`` has each of them imitate.
 
-    python benchmarks/average.py walker2d path/to/distilled.safetensors
+    python benchmarks/average.py walker2d_plain path/to/distilled.safetensors
 
 40 whole episodes each, sampled with the dataset's noise. What is above the learners' own return is lost to the draw of learners.
 """

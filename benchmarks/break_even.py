@@ -1,6 +1,6 @@
 """Distil once and teach N networks, against training N policies by PPO: when does it pay?
 
-    python benchmarks/break_even.py cartpole_1d halfcheetah
+    python benchmarks/break_even.py cartpole_1d_plain halfcheetah_plain
 
 For each dataset of the zoo with a config in conf/ and one in conf/ppo/: CPU minutes of all the training that the two configs
 ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Returns are those of the files:
@@ -46,7 +46,8 @@ def main() -> None:
     direct, rows = results.ppo_returns(), []
     for name in args.datasets:
         dataset = load(name)
-        distil, ppo = minutes(f"{name}.yaml"), minutes(f"ppo/{name}.yaml")
+        config = name.removesuffix("_plain")
+        distil, ppo = minutes(f"{config}.yaml"), minutes(f"ppo/{config}.yaml")
         one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))
         least = math.floor(distil / (ppo - thousand / 1000 / 60)) + 1
         rows.append(

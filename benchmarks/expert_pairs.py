@@ -1,6 +1,6 @@
 """Are distilled pairs better than an expert's own? n expert pairs, at random or by k-means, against the n distilled ones.
 
-    python benchmarks/expert_pairs.py cartpole_1d halfcheetah
+    python benchmarks/expert_pairs.py cartpole_1d_plain halfcheetah_plain
 
 The expert is a learner taught on the distilled dataset itself, so all rows share the level that is to be reached. Its
 observations are collected over 20 greedy episodes, with its outputs (logits or action means) as targets. Expert pairs are

@@ -1,6 +1,6 @@
 """Returns of learners that a dataset was never distilled with: a table of RESULTS.md, by the rule that each dataset recommends.
 
-    python benchmarks/generality.py cartpole_5d_general halfcheetah_general --learners 50
+    python benchmarks/generality.py cartpole_5d halfcheetah --learners 50
 
 Returns are kept in benchmarks/generality.json; the table holds all that is kept there.
 """

@@ -1,6 +1,6 @@
 """What ordinary training habits make of a dataset that was distilled for one SGD step.
 
-    python benchmarks/habits.py cartpole_1d cartpole_5d halfcheetah
+    python benchmarks/habits.py cartpole_1d_plain cartpole_5d_plain halfcheetah_plain
 
 Every row: 100 fresh learners of the paper's family, trained on the pairs as the row says, sampled actions, one episode each.
 η is the dataset's step size; it can be far beyond the step at which repeated ones diverge, so smaller ones are tried as well. "Fit" is

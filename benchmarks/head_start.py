@@ -1,6 +1,6 @@
 """Direct PPO from scratch against direct PPO from a learner taught on a dataset, in environment steps to a level.
 
-    python benchmarks/head_start.py halfcheetah --levels 1000 2000 4000
+    python benchmarks/head_start.py halfcheetah_plain --levels 1000 2000 4000
 
 Both have the settings of ``conf/ppo``: 16 environments × 128 steps an iteration, PPO's defaults. From each seed one run of
 each; the returns are means of whole episodes of the policy as it is then, sampled actions.

@@ -22,9 +22,9 @@ FIRST, EVERY, FRAMES, CROP = 60, 3, 5, (10, 180, 470, 440)
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        pairs = Image.open(draw_pairs(load("cartpole_1d"), Path(folder) / "pairs.png"))
+        pairs = Image.open(draw_pairs(load("cartpole_1d_plain"), Path(folder) / "pairs.png"))
         pairs.crop((0, 30, pairs.width, 340)).quantize(64).save(DOCS / "cartpole_pairs.png", optimize=True)
-        video = record(load("halfcheetah"), Path(folder) / "video.gif", steps=FIRST + EVERY * FRAMES)
+        video = record(load("halfcheetah_plain"), Path(folder) / "video.gif", steps=FIRST + EVERY * FRAMES)
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(video.path))]
     left, top, right, bottom = CROP
     shown = [frame[top:bottom, left:right] for frame in frames[FIRST : FIRST + EVERY * FRAMES : EVERY]]

@@ -1,6 +1,6 @@
 """Put a run's dataset into the zoo: evaluate it by the protocol and write down the command that makes it again.
 
-    python benchmarks/publish.py runs/CartPole-v1/version_0/distilled.safetensors cartpole_1d \
+    python benchmarks/publish.py runs/CartPole-v1/version_0/distilled.safetensors cartpole_1d_plain \
         --command "lightning fit --config conf/cartpole_1d.yaml"
 
 The returns in the file are of 100 fresh learners (Atari's whole games: 32) of the family it was distilled with, sampled and greedy.

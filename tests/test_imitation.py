@@ -14,7 +14,7 @@ from lightning_distill.imitation import Imitation, divergence
 def other_learners(iterations, model=Imitation):
     return small_run(
         model=model,
-        expert="cartpole_1d",
+        expert="cartpole_1d_plain",
         pairs=6,
         step_rule="newton",
         family=MLP(width=32, activation="relu"),
@@ -46,7 +46,7 @@ def test_pairs_begin_as_states_of_the_expert_with_its_outputs():
     batch, moments = module.synthetic_batch, module.observation_moments
     states = batch.observations * moments.std + moments.mean
     torch.testing.assert_close(module._expert.output(states.float()), batch.targets, atol=1e-3, rtol=1e-3)
-    expert = load("cartpole_1d")
+    expert = load("cartpole_1d_plain")
     torch.testing.assert_close(module.distilled().observation_std, expert.observation_std, atol=1e-6, rtol=1e-5)
 
 
@@ -59,11 +59,11 @@ def test_the_experts_noise_is_kept_however_small():
 
 def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
     random_state = torch.get_rng_state()
-    module = Imitation(spec_of("cartpole_1d"), expert="cartpole_1d", pairs=3)
+    module = Imitation(spec_of("cartpole_1d"), expert="cartpole_1d_plain", pairs=3)
     assert not torch.equal(torch.get_rng_state(), random_state), "the batch is drawn"
     observations = torch.randn(5, 4) * 0.1
     torch.manual_seed(0)
-    dataset = load("cartpole_1d")
+    dataset = load("cartpole_1d_plain")
     policy = teach_many(MLP(), dataset, TAUGHT)
     outputs = policy.module(dataset.normalise(observations).expand(TAUGHT, 5, 4))
     torch.testing.assert_close(module._expert.output(observations), outputs.mean(0))
@@ -71,14 +71,14 @@ def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
 
 
 def test_gradient_of_the_divergence_reaches_the_batch_alone():
-    for name in ("cartpole_1d", "inverted_pendulum"):
-        module = Imitation(spec_of(name), expert=name, pairs=3, learners=2, step_rule="projection")
+    for name, expert in (("cartpole_1d", "cartpole_1d_plain"), ("inverted_pendulum", "inverted_pendulum")):
+        module = Imitation(spec_of(name), expert=expert, pairs=3, learners=2, step_rule="projection")
         module.draw()
         module._normaliser = module.observation_moments.mean.float(), module.observation_moments.std.float()
         inputs = module._inputs(torch.randn(2, 6, 4))["input"]
-        expert = torch.randn(2, 6, module.spec.actions)
+        output = torch.randn(2, 6, module.spec.actions)
         loss, entropy, log_ratio = module._policy_loss(
-            {"input": inputs, "expert": expert, "log_prob": torch.zeros(2, 6)}
+            {"input": inputs, "expert": output, "log_prob": torch.zeros(2, 6)}
         )
         (loss - 0.0 * entropy).backward()
         touched = {key for key, parameter in module.named_parameters() if parameter.grad is not None}
@@ -97,7 +97,7 @@ def test_divergences_are_those_of_torch():
 
 def test_an_expert_of_another_environment_is_refused():
     with pytest.raises(ConfigError, match=r"the dataset \(for CartPole-v1\).*needs"):
-        Imitation(spec_of("halfcheetah"), expert="cartpole_1d")
+        Imitation(spec_of("halfcheetah"), expert="cartpole_1d_plain")
 
 
 def spec_of(name):

@@ -122,7 +122,7 @@ def test_bodies_are_drawn_in_their_poses():
     assert np.array_equal(frames[0], frames[2])
     assert not np.array_equal(frames[0], frames[1])
     assert frames[3].std() > 5  # joints in their ranges and above the floor: still a body in the picture
-    dataset = load("halfcheetah")
+    dataset = load("halfcheetah_plain")
     states = (dataset.observations * dataset.observation_std + dataset.observation_mean).numpy()[[11, 30]]
     assert render_poses("HalfCheetah-v5", {}, states)[:, :40].min() > 200  # no stripes on the floor behind the body
 
