@@ -195,12 +195,13 @@ def list_zoo(json: bool = False) -> None:
     from rich.table import Table
 
     table = Table()
-    for title in ("name", "environment", "n", "bytes", "return, sampled", "greedy"):
-        table.add_column(title, justify="left" if title in ("name", "environment") else "right")
+    for title in ("name", "environment", "n", "step rule", "bytes", "return, sampled", "greedy"):
+        table.add_column(title, justify="left" if title in ("name", "environment", "step rule") else "right")
     for name, (path, pairs) in shipped.items():
         first = next(iter((pairs.metadata.get("returns") or {}).values()), {})
         cells = [_with_interval(first[kind]) if kind in first else "" for kind in ("sampled", "greedy")]
-        table.add_row(name, escape(pairs.env), str(pairs.pairs), f"{path.stat().st_size:,}", *cells)
+        size = f"{path.stat().st_size:,}"
+        table.add_row(name, escape(pairs.env), str(pairs.pairs), pairs.step_rule, size, *cells)
     console = _console()
     console.print(table)
     for name, (_, pairs) in shipped.items():

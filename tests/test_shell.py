@@ -254,6 +254,7 @@ def test_list(path, monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "tiny: lightning fit --config conf/tiny.yaml" in out
     assert "100.0 ± " in out
+    assert "sgd" in out
 
 
 def test_an_empty_zoo(monkeypatch, capsys):
