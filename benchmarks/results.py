@@ -6,6 +6,7 @@ python benchmarks/results.py
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,7 @@ from lightning_distill.dataset import load, zoo
 
 RECORDS = Path(__file__).parent / "records"
 CURVES = Path(__file__).parents[1] / "docs" / "learning_curves.png"
+COLUMNS = 4
 
 
 def zoo_table() -> str:
@@ -113,8 +115,10 @@ def draw_curves() -> None:
     both = {env: methods for env, methods in by_env.items() if len(methods) > 1}
     if not both:
         return
-    figure = Figure(figsize=(4 * len(both), 3), layout="constrained")
-    for axes, (env, methods) in zip(figure.subplots(1, len(both), squeeze=False)[0], both.items(), strict=True):
+    lines = math.ceil(len(both) / COLUMNS)
+    figure = Figure(figsize=(4 * COLUMNS, 3 * lines), layout="constrained")
+    for index, (env, methods) in enumerate(both.items(), 1):
+        axes = figure.add_subplot(lines, COLUMNS, index)
         for (method, curves), colour in zip(sorted(methods.items()), ("C0", "C1"), strict=False):
             for curve in curves:
                 steps, returns = zip(*curve, strict=True)
