@@ -80,12 +80,15 @@ def newton(learners: Learners, params: Params, observations: Tensor, targets: Te
     features, targets, ridge = _wide(features), _wide(targets), _wide(ridge)
     mean, target_mean = features.mean(1, keepdim=True), targets.mean(0)
     centred = features - mean
-    gram = centred @ centred.mT
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # Of the two equal forms the one with the smaller system: pairs × pairs or features × features.
+    dual = centred.shape[1] <= centred.shape[2]
+    gram = centred @ centred.mT if dual else centred.mT @ centred
     # Features that are all alike teach nothing: W = 0.
-    damping = (ridge * diagonal.mean(-1, keepdim=True)).clamp(min=torch.finfo(gram.dtype).tiny)
-    gram = gram + torch.diag_embed(damping.expand_as(diagonal))
-    weight = centred.mT @ torch.linalg.solve(gram, (targets - target_mean).expand(len(gram), *targets.shape))
+    damping = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / centred.shape[1]
+    damping = damping.clamp(min=torch.finfo(gram.dtype).tiny)
+    gram = gram + torch.diag_embed(damping.expand(gram.shape[:-1]))
+    wanted = (targets - target_mean).expand(len(gram), *targets.shape)
+    weight = centred.mT @ torch.linalg.solve(gram, wanted) if dual else torch.linalg.solve(gram, centred.mT @ wanted)
     return learners.with_output_layer(params, weight, target_mean - mean @ weight)
 
 

@@ -38,9 +38,10 @@ def newton_dataset(**changes):
 # --- the formulas ----------------------------------------------------------------------------------------------------
 
 
-def test_newton_is_ridge_regression_on_centred_features():
-    """Least squares of the augmented system [φ; √μ I] W = [y; 0], learner by learner in numpy."""
-    family, params, x, y, ridge = double_problem(width=7, pairs=5)
+@pytest.mark.parametrize("width", [3, 7])
+def test_newton_is_ridge_regression_on_centred_features(width):
+    """Least squares of the augmented system [φ; √μ I] W = [y; 0], learner by learner in numpy; fewer features than pairs, and more."""
+    family, params, x, y, ridge = double_problem(width=width, pairs=5)
     taught = newton(family, params, x, y, ridge)
     probe = torch.randn(3, 6, 3, dtype=torch.float64)
     outputs = family.forward(taught, probe).detach().numpy()
@@ -50,8 +51,8 @@ def test_newton_is_ridge_regression_on_centred_features():
         mean = features[0][k].mean(0)
         centred = features[0][k] - mean
         damping = 0.3 * (centred**2).sum() / 5
-        system = np.concatenate([centred, np.sqrt(damping) * np.eye(7)])
-        right = np.concatenate([targets - targets.mean(0), np.zeros((7, 2))])
+        system = np.concatenate([centred, np.sqrt(damping) * np.eye(width)])
+        right = np.concatenate([targets - targets.mean(0), np.zeros((width, 2))])
         weight = np.linalg.lstsq(system, right, rcond=None)[0]
         np.testing.assert_allclose(outputs[k], targets.mean(0) + (features[1][k] - mean) @ weight, atol=1e-10)
 
