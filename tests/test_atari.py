@@ -39,6 +39,7 @@ def test_spec_says_all_options():
     assert (spec.observation_shape, spec.action_type, spec.actions, spec.frames) == ((4, 84, 84), "discrete", 9, True)
     assert spec.kwargs == {
         "repeat_action_probability": 0.25,
+        "reward_clipping": True,
         "full_action_space": False,
         "max_num_frames_per_episode": 108_000,
     }
@@ -50,6 +51,7 @@ def test_spec_says_all_options():
     [
         ({"frameskip": 2}, "frameskip for ALE/Pong-v5; allowed are repeat_action_probability"),
         ({"repeat_action_probability": 1.0}, r"repeat_action_probability=1.0: allowed are probabilities"),
+        ({"reward_clipping": 1}, "reward_clipping=1: allowed are true and false"),
         ({"max_num_frames_per_episode": 0}, "max_num_frames_per_episode=0: allowed"),
     ],
 )
@@ -84,6 +86,22 @@ def test_training_alone_ends_episodes_with_a_life_and_clips_rewards():
             assert np.array_equal(after[~over], before[~over]), "the game goes on after a lost life"
     assert max(raw) > 1
     assert lives_lost >= 3, "a game has three lives"
+
+
+def test_rewards_count_as_they_are_by_option():
+    """A mushroom, a segment and a spider are not worth the same."""
+    raw = simulator("ALE/Centipede-v5", True, reward_clipping=False)
+    whole = simulator("ALE/Centipede-v5", False)
+    rng = np.random.default_rng(0)
+    for game in (raw, whole):
+        game.reset(None)
+    seen = set()
+    for _ in range(300):
+        action = rng.integers(18, size=3)
+        reward = raw.step(action)[1]
+        assert np.array_equal(reward, whole.step(action)[1])
+        seen |= set(reward.tolist())
+    assert max(seen) > 1
 
 
 def test_terminal_frames_are_kept_and_a_time_limit_is_no_end():

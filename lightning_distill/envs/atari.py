@@ -1,8 +1,9 @@
 """Atari games by ale-py's own vector environment: C++ threads, frames preprocessed as they are made (Mnih et al. 2015).
 
 Four steps of the emulator with one action, the maximum of the last two frames, grey, 84×84, the last four stacked; up to
-30 no-ops at the start, and FIRE where a game waits for it. Training alone clips rewards to −1, 0, 1 and takes a lost life
-for the end of an episode; the game then goes on where it is. Evaluation counts the raw score of whole games.
+30 no-ops at the start, and FIRE where a game waits for it. Training alone clips rewards to −1, 0, 1 (unless
+``reward_clipping`` is false) and takes a lost life for the end of an episode; the game then goes on where it is. Evaluation
+counts the raw score of whole games.
 
 Actions are not sticky unless ``repeat_action_probability`` says so, although Gymnasium's ids of the same name are (0.25).
 """
@@ -19,6 +20,7 @@ from .spec import ConfigError, EnvSpec
 #: What an environment can be made with, and the values where nothing is said; 108 000 frames are 27 000 steps.
 OPTIONS: dict[str, Any] = {
     "repeat_action_probability": 0.0,
+    "reward_clipping": True,
     "full_action_space": False,
     "max_num_frames_per_episode": 108_000,
 }
@@ -51,6 +53,8 @@ def atari_spec(env: str, kwargs: dict[str, Any]) -> EnvSpec:
     if kwargs["max_num_frames_per_episode"] < 4:
         frames = kwargs["max_num_frames_per_episode"]
         raise ConfigError(f"data.env_kwargs.max_num_frames_per_episode={frames}: allowed are integers ≥ 4")
+    if not isinstance(kwargs["reward_clipping"], bool):
+        raise ConfigError(f"data.env_kwargs.reward_clipping={kwargs['reward_clipping']!r}: allowed are true and false")
     simulator = AtariSimulator(EnvSpec(env, (), "discrete", 0, kwargs=kwargs), 1, 0, 1)
     space = simulator.envs.single_observation_space
     spec = EnvSpec(
@@ -73,7 +77,7 @@ class AtariSimulator:
         num_envs: games played together.
         seed: game i starts from seed + i.
         threads: of the emulator.
-        training: clip rewards, and end an episode with a lost life.
+        training: clip rewards as the spec says, and end an episode with a lost life.
         layout: other arguments of the vector environment, for what is drawn rather than played.
     """
 
@@ -84,14 +88,9 @@ class AtariSimulator:
         from ale_py.vector_env import AtariVectorEnv
 
         ALEInterface.setLoggerMode(LoggerMode.Error)
-        self.envs = AtariVectorEnv(
-            rom_of(spec.id),
-            num_envs,
-            num_threads=min(threads, num_envs),
-            reward_clipping=training,
-            **spec.kwargs,
-            **layout,
-        )
+        options = OPTIONS | spec.kwargs
+        options["reward_clipping"] = training and options["reward_clipping"]
+        self.envs = AtariVectorEnv(rom_of(spec.id), num_envs, num_threads=min(threads, num_envs), **options, **layout)
         self.seed, self.training = seed, training
 
     def reset(self, mask: np.ndarray | None) -> np.ndarray:
