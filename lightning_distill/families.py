@@ -11,6 +11,17 @@ from .learners import MLP, LearnerFamily, ModuleFamily
 from .mixtures import Mixture, MLPs, members
 from .nature import FRAME_FAMILIES, NatureCNN
 
+_VARIED: dict[str, Any] = {
+    "widths": [48, 96, 192],
+    "depths": [1, 2, 3],
+    "activations": ["tanh", "relu", "gelu", "silu"],
+    "inits": ["orthogonal", "xavier", "kaiming", "default"],
+    "gains": [1.0, 2**0.5],
+}
+#: What ``mixture`` draws from, and how often: all of these, some with layer normalisation, and some of so small a gain that tanh is
+#: nearly linear. No width, and no combination, of the held-out names below.
+_MIXED = [(MLPs(**_VARIED), 5.0), (MLPs(**_VARIED, norms=["layer"]), 2.0), (MLPs([48, 96, 192], [1], gains=[0.2]), 1.0)]
+
 #: What a name does not say is as in the paper's learner, MLP 64-64 tanh, orthogonal.
 FAMILIES: dict[str, LearnerFamily] = {
     "paper": MLP(),
@@ -34,14 +45,7 @@ FAMILIES: dict[str, LearnerFamily] = {
     "layer_norm": MLP(norm="layer", activation="relu"),
     "residual": ModuleFamily(architectures.Residual),
     "attention": ModuleFamily(architectures.EntryAttention),
-    # What general datasets are distilled with: no width, and no combination, of the held-out names above.
-    "mixture": MLPs(
-        widths=[48, 96, 192],
-        depths=[1, 2, 3],
-        activations=["tanh", "relu", "gelu", "silu"],
-        inits=["orthogonal", "xavier", "kaiming", "default"],
-        gains=[1.0, 2**0.5],
-    ),
+    "mixture": Mixture([family for family, _ in _MIXED], weights=[weight for _, weight in _MIXED]),
 }
 
 #: Held out by default, none of them in ``mixture``: widths 32–512, depths 0–5, every activation and initialisation.

@@ -33,8 +33,9 @@ class Imitation(MetaPPO):
         spec: as in :class:`MetaPPO`.
         expert: a checkpoint of :class:`PPO` (``*.ckpt``), or a dataset, by name in the zoo or by path; a dataset's expert is the
             mean output of 16 learners taught on it.
-        expert_noise: times the expert's standard deviation, with which it acts (continuous actions). More of it shows states beside the expert's
-            way, where learners come to be, while what is imitated stays its mean (DART, Laskey et al. 2017).
+        expert_noise: times the expert's standard deviation, with which it acts at most: in each environment and rollout it is drawn
+            between none and this (continuous actions). More of it shows states beside the expert's way, where learners come to be,
+            while what is imitated stays its mean (DART, Laskey et al. 2017).
         lifetime, epochs, final_noise: as in :class:`MetaPPO`, with other defaults: it is the expert that acts.
         kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
     """
@@ -53,6 +54,7 @@ class Imitation(MetaPPO):
         self._expert = expert_from(expert, self.spec)  # no module, so no part of this one's state
         log_std = self._expert.log_std
         self._expert_log_std = None if log_std is None else log_std + math.log(expert_noise)
+        self._noise_share: Tensor | None = None
         self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:
             self._fix_normaliser(self._expert.mean, self._expert.std)
@@ -89,12 +91,20 @@ class Imitation(MetaPPO):
             env.close()
         return torch.cat(states)
 
+    def draw(self) -> None:
+        super().draw()
+        self._noise_share = None
+
     @torch.no_grad()
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
-        state["output"] = self._expert.output(state["observation"].float())
-        log_std = None if self._expert_log_std is None else self._expert_log_std.to(state["output"].device)
-        state["action"] = action_distribution(state["output"], log_std).sample()
+        output = state["output"] = self._expert.output(state["observation"].float())
+        log_std = self._expert_log_std
+        if log_std is not None:
+            if self._noise_share is None:
+                self._noise_share = torch.rand(len(output), 1, device=output.device)
+            log_std = log_std.to(output.device) + self._noise_share.log()
+        state["action"] = action_distribution(output, log_std).sample()
         return state
 
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:

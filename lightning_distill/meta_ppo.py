@@ -71,7 +71,7 @@ class MetaPPO(PPO):
         learning_rate: PositiveFloat = 0.3,
         line_search_scale: PositiveFloat = 1.0,
         newton_ridge: PositiveFloat = 0.1,
-        projection_step: PositiveFloat = 0.1,
+        projection_step: PositiveFloat = 2.0,
         target_kl: PositiveFloat = 0.05,
         log_std: float = -0.3,
         log_std_min: float = -1.5,

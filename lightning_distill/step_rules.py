@@ -11,6 +11,7 @@ weight decay λ tr(φ φᵀ)/n ‖W‖²; that loss is quadratic, so one step is
 regression, Hoerl & Kennard 1970). φ are the features that enter the last layer, centred by their mean φ̄ over the pairs.
 ``projection`` is one gradient step of all layers but the last on the loss that is left when the last is always at its best
 (variable projection, Golub & Pereyra 1973), of a length relative to their own: features turn towards what the pairs ask for.
+Narrow relu learners want long steps, deep ones short ones, hence a search along the gradient.
 
 All are differentiable in pairs and numbers, and take K stacked learners at once.
 """
@@ -26,6 +27,9 @@ from torch import Tensor
 from .learners import FIXED, Learners, Params, UnfitLearner
 
 Step = Callable[..., Params]
+
+#: What ``projection`` divides its step by where the whole of it is too long.
+BACKTRACKING = (1.0, 8.0, 64.0)
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,7 @@ def line_search(learners: Learners, params: Params, observations: Tensor, target
     """One SGD step of α times the size that minimises the linearised loss along the gradient, for each learner."""
     gradients = _gradients(learners, params, observations, targets)
     steps = scale * _best_steps(learners, params, observations, targets, gradients)
-    return params | {
-        name: params[name] - steps.view(-1, *[1] * (gradient.dim() - 1)) * gradient
-        for name, gradient in gradients.items()
-    }
+    return params | {name: params[name] - _each(steps, gradient) * gradient for name, gradient in gradients.items()}
 
 
 def newton(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
@@ -95,18 +96,27 @@ def newton(learners: Learners, params: Params, observations: Tensor, targets: Te
 def projection(
     learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor, step: Tensor
 ) -> Params:
-    """One gradient step of all layers but the last, before and after which the last is where ``newton`` puts it."""
+    """One gradient step of all layers but the last, before and after which the last is where ``newton`` puts it.
+
+    Of the step and shorter ones, each learner takes the one that leaves the least loss (backtracking, Armijo 1966).
+    """
     solved = newton(learners, params, observations, targets, ridge)
     others = [name for name in _trainable(params) if solved[name] is params[name]]
     gradients = _gradients(learners, solved, observations, targets, others)
     if not gradients:  # a linear learner has no other layer
         return solved
-    sizes = step * _norms(params, gradients) / _norms(gradients, gradients)
-    moved = {
-        name: params[name] - sizes.view(-1, *[1] * (gradient.dim() - 1)).to(gradient) * gradient
-        for name, gradient in gradients.items()
-    }
-    return newton(learners, params | moved, observations, targets, ridge)
+    longest = step * _norms(params, gradients) / _norms(gradients, gradients)
+
+    def after(sizes: Tensor) -> Params:
+        moved = {name: params[name] - _each(sizes, gradient) * gradient for name, gradient in gradients.items()}
+        return newton(learners, params | moved, observations, targets, ridge)
+
+    with torch.no_grad():
+        losses = torch.stack(
+            [_losses(learners, after(longest / shorter), observations, targets) for shorter in BACKTRACKING]
+        )
+        shorter = longest.new_tensor(BACKTRACKING)[losses.nan_to_num(nan=torch.inf).argmin(0)]
+    return after(longest / shorter)
 
 
 #: In the order of how little they ask of a learner; the first is the plain step.
@@ -159,6 +169,18 @@ def _norms(params: Params, names: Iterable[str]) -> Tensor:
     return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
 
+def _each(sizes: Tensor, gradient: Tensor) -> Tensor:
+    """Sizes [K] for a gradient [K, …]."""
+    return sizes.view(-1, *[1] * (gradient.dim() - 1)).to(gradient)
+
+
+def _losses(learners: Learners, params: Params, observations: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error [K] over pairs and dimensions."""
+    outputs = learners.forward(params, observations.expand(_learners(params), *observations.shape))
+    check_outputs(outputs, (_learners(params), *targets.shape))
+    return (outputs - targets).square().flatten(1).mean(1)
+
+
 def _gradients(
     learners: Learners, params: Params, observations: Tensor, targets: Tensor, names: Iterable[str] | None = None
 ) -> Params:
@@ -167,18 +189,13 @@ def _gradients(
     if not trainable:
         return {}
 
-    def loss(trainable: Params) -> Tensor:
-        outputs = learners.forward(params | trainable, observations.expand(_learners(params), *observations.shape))
-        check_outputs(outputs, (_learners(params), *targets.shape))
-        # Learners share nothing, so the gradient of the sum holds every learner's own gradient.
-        return (outputs - targets).square().flatten(1).mean(1).sum()
-
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # θ₀ is a constant: derivatives of the gradient end at the pairs. (``torch.func.grad`` takes twice as long, and
         # fewer modules.)
         leaves = {name: value.detach().requires_grad_() for name, value in trainable.items()}
-        total = loss(leaves)
+        # Learners share nothing, so the gradient of the sum holds every learner's own gradient.
+        total = _losses(learners, params | leaves, observations, targets).sum()
         if not total.requires_grad:
             raise UnfitLearner("module returns outputs that depend on no trainable parameter: one step cannot teach it")
         gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=differentiable, allow_unused=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
 from lightning_distill.learners import StackedModules, UnfitLearner, stack_parameters
-from lightning_distill.step_rules import STEP_RULES, best_steps, line_search, newton, projection
+from lightning_distill.step_rules import BACKTRACKING, STEP_RULES, best_steps, line_search, newton, projection
 from lightning_distill.teaching import with_line_search, with_plain_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "step_rules.md"
@@ -164,6 +164,24 @@ def test_projection_is_a_gradient_step_on_the_loss_with_the_best_last_layer():
     torch.testing.assert_close(change.norm(), 0.2 * lengths[0])
     again = newton(family, params | {n: taught[n] for n in ("0.weight", "0.bias")}, x, y, ridge)
     torch.testing.assert_close(again, taught)
+
+
+def test_projection_takes_the_length_that_leaves_the_least_loss(monkeypatch):
+    """Each learner its own: of three learners with other gains not all take the same."""
+    family, params, x, y, ridge = double_problem(width=6, pairs=9, depth=2)
+    params["2.weight"] = params["2.weight"] * torch.tensor([0.2, 1.0, 9.0]).double().view(3, 1, 1)
+    step = torch.tensor(4.0).double()
+    taught = projection(family, params, x, y, ridge, step)
+    tried, losses = [], []
+    for shorter in BACKTRACKING:
+        monkeypatch.setattr("lightning_distill.step_rules.BACKTRACKING", (shorter,))
+        tried.append(projection(family, params, x, y, ridge, step))
+        losses.append((family.forward(tried[-1], x.expand(3, 9, 3)) - y).square().mean((1, 2)))
+    best = torch.stack(losses).argmin(0)
+    assert len(set(best.tolist())) > 1
+    for k in range(3):
+        for name in params:
+            torch.testing.assert_close(taught[name][k], tried[best[k]][name][k])
 
 
 def test_projection_of_a_linear_learner_is_newton():
