@@ -11,6 +11,7 @@ from .learners import MLP, LearnerFamily, ModuleFamily
 from .mixtures import Mixture, MLPs, members
 from .nature import FRAME_FAMILIES, NatureCNN
 
+#: What most learners of ``mixture`` are drawn from: no width, and no combination, of the held-out names below.
 _VARIED: dict[str, Any] = {
     "widths": [48, 96, 192],
     "depths": [1, 2, 3],
@@ -18,9 +19,6 @@ _VARIED: dict[str, Any] = {
     "inits": ["orthogonal", "xavier", "kaiming", "default"],
     "gains": [1.0, 2**0.5],
 }
-#: What ``mixture`` draws from, and how often: all of these, some with layer normalisation, and some of so small a gain that tanh is
-#: nearly linear. No width, and no combination, of the held-out names below.
-_MIXED = [(MLPs(**_VARIED), 5.0), (MLPs(**_VARIED, norms=["layer"]), 2.0), (MLPs([48, 96, 192], [1], gains=[0.2]), 1.0)]
 
 #: What a name does not say is as in the paper's learner, MLP 64-64 tanh, orthogonal.
 FAMILIES: dict[str, LearnerFamily] = {
@@ -45,7 +43,11 @@ FAMILIES: dict[str, LearnerFamily] = {
     "layer_norm": MLP(norm="layer", activation="relu"),
     "residual": ModuleFamily(architectures.Residual),
     "attention": ModuleFamily(architectures.EntryAttention),
-    "mixture": Mixture([family for family, _ in _MIXED], weights=[weight for _, weight in _MIXED]),
+    # Some with layer normalisation, and some of so small a gain that tanh is nearly linear.
+    "mixture": Mixture(
+        [MLPs(**_VARIED), MLPs(**_VARIED, norms=["layer"]), MLPs([48, 96, 192], [1], gains=[0.2])],
+        weights=[5.0, 2.0, 1.0],
+    ),
 }
 
 #: Held out by default, none of them in ``mixture``: widths 32–512, depths 0–5, every activation and initialisation.
