@@ -19,7 +19,7 @@ RECORDS = Path(__file__).parent / "records"
 
 
 def record(folder: Path, name: str, command: str) -> dict:
-    """What a run folder says: environment, method, pairs, seed, steps, minutes, returns of the test, validation curve."""
+    """What a run folder says: environment, method, pairs, family, seed, steps, minutes, returns of the test, validation curve."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -45,6 +45,7 @@ def record(folder: Path, name: str, command: str) -> dict:
         "method": model,
         "env": config["data"]["env"],
         "pairs": arguments.get("pairs"),
+        "family": arguments["family"] if isinstance(arguments["family"], str) else arguments["family"]["class_path"],
         "seed": config["seed_everything"],
         "env_steps": int(steps),
         "minutes": round(seconds / 60, 2),

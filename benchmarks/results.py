@@ -57,7 +57,6 @@ def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 def suite_table() -> str:
     groups = records()
-    direct = ppo_returns()
     theirs = {}
     for record in authors.records():  # the last of an environment has the most pairs
         theirs[record["env"]] = record["returns"]["sampled"]["mean"]
@@ -67,16 +66,15 @@ def suite_table() -> str:
         rows.append(
             [
                 first["env"],
-                {"PPO": "PPO", "Imitation": f"{first['pairs']} pairs, made steadier"}.get(
-                    method, f"{first['pairs']} pairs"
-                ),
+                what(method, first),
                 f"{first['env_steps'] / 1e6:.2f} M",
                 f"{mean(record['minutes'] for record in group):.1f}",
                 ", ".join(f"{entry['mean']:.0f} ± {entry['ci95']:.0f}" for entry in sampled),
                 f"{mean(entry['mean'] for entry in sampled):.0f}",
                 f"{min(entry['worst'] for entry in sampled):.0f}" if "worst" in sampled[0] else "",
                 f"{mean(record['returns']['greedy']['mean'] for record in group):.0f}",
-                *(["", ""] if method == "PPO" else [of_environment(first["env"], found) for found in (direct, theirs)]),
+                "" if method == "PPO" else of_environment(first["env"], ppo_returns(first["env_steps"])),
+                "" if method == "PPO" else of_environment(first["env"], theirs),
                 f"`{command}`",
             ]
         )
@@ -84,13 +82,24 @@ def suite_table() -> str:
     return marked.table([*header, "authors'", "command"], rows)
 
 
-def ppo_returns() -> dict[str, float]:
-    """Mean return of direct PPO by environment, over the records of all its runs."""
-    found = defaultdict(list)
+def what(method: str, record: dict[str, Any]) -> str:
+    """What a row is of: pairs and method, and learners that are not the paper's."""
+    named = {"PPO": "PPO", "Imitation": f"{record['pairs']} pairs, by imitation"}.get(method, f"{record['pairs']} pairs")
+    return named if family(record) == "paper" else f"{named}, {family(record)}"
+
+
+def family(record: dict[str, Any]) -> str:
+    return record.get("family", "paper")  # not kept by the first records
+
+
+def ppo_returns(steps: int) -> dict[str, float]:
+    """Mean return of direct PPO by environment, over its runs of about so many steps: the nearest number that there is."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (_, method), group in records().items():
-        if method == "PPO":
-            found[group[0]["env"]] += [record["returns"]["sampled"]["mean"] for record in group]
-    return {env: mean(returns) for env, returns in found.items()}
+        if method == "PPO" and family(group[0]) == "paper":
+            for record in group:
+                found[record["env"]][record["env_steps"]].append(record["returns"]["sampled"]["mean"])
+    return {env: mean(runs[min(runs, key=lambda made: abs(made - steps))]) for env, runs in found.items()}
 
 
 def of_environment(env: str, returns: dict[str, float]) -> str:
@@ -108,7 +117,7 @@ def draw_curves() -> None:
 
     by_env: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (_, method), group in records().items():
-        if method == "Imitation":  # begins where another run ended
+        if method == "Imitation" or family(group[0]) != "paper":  # begins where another run ended, or is of other learners
             continue
         for record in group:
             by_env[record["env"]][method].append(record["curve"])
