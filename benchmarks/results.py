@@ -84,7 +84,9 @@ def suite_table() -> str:
 
 def what(method: str, record: dict[str, Any]) -> str:
     """What a row is of: pairs and method, and learners that are not the paper's."""
-    named = {"PPO": "PPO", "Imitation": f"{record['pairs']} pairs, by imitation"}.get(method, f"{record['pairs']} pairs")
+    named = {"PPO": "PPO", "Imitation": f"{record['pairs']} pairs, by imitation"}.get(
+        method, f"{record['pairs']} pairs"
+    )
     return named if family(record) == "paper" else f"{named}, {family(record)}"
 
 
@@ -117,7 +119,9 @@ def draw_curves() -> None:
 
     by_env: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (_, method), group in records().items():
-        if method == "Imitation" or family(group[0]) != "paper":  # begins where another run ended, or is of other learners
+        if (
+            method == "Imitation" or family(group[0]) != "paper"
+        ):  # begins where another run ended, or is of other learners
             continue
         for record in group:
             by_env[record["env"]][method].append(record["curve"])
