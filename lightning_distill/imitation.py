@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,8 +124,28 @@ class Imitation(MetaPPO):
         output = self.family.forward(self.policy_params(), batch["input"])
         policy = action_distribution(output, self.log_std)
         # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
-        loss = divergence(batch["expert"], output, self._expert.log_std).mean()
+        wanted = batch["expert"]
+        if self.log_std is not None:
+            wanted, output = within(
+                wanted, output, self.log_std.detach().exp(), self.spec.action_low, self.spec.action_high
+            )
+        loss = divergence(wanted, output, self._expert.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
+
+
+def within(
+    expert: Tensor, output: Tensor, std: Tensor, low: Sequence[float], high: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Means [..., d] as they count where actions are clipped to [low, high]: beyond both bounds all means act alike.
+
+    An expert's mean is taken no further than two standard deviations [d] beyond a bound, where nearly all actions are clipped; a
+    learner's mean that is further out on the same side is right. Experts often act so (HalfCheetah's in 57 % of
+    actions), and how far beyond is noise that no learner needs to hold.
+    """
+    lowest, highest = expert.new_tensor(low) - 2 * std, expert.new_tensor(high) + 2 * std
+    output = torch.where(expert > highest, output.minimum(highest), output)
+    output = torch.where(expert < lowest, output.maximum(lowest), output)
+    return expert.clamp(lowest, highest), output
 
 
 def divergence(expert: Tensor, output: Tensor, log_std: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Imitation: a dataset distilled into another one for other learners."""
 
+import math
+
 import pytest
 import torch
 from test_meta_ppo import small_run
@@ -8,7 +10,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
 from lightning_distill.envs import env_spec
 from lightning_distill.experts import TAUGHT
-from lightning_distill.imitation import Imitation, divergence
+from lightning_distill.imitation import Imitation, divergence, within
 
 
 def other_learners(iterations, model=Imitation):
@@ -93,6 +95,18 @@ def test_divergences_are_those_of_torch():
     torch.testing.assert_close(divergence(expert, output, None), kl_divergence(*categorical))
     normal = [Normal(mean, log_std.exp()) for mean in (expert, output)]
     torch.testing.assert_close(divergence(expert, output, log_std), kl_divergence(*normal).sum(-1))
+
+
+def test_means_beyond_the_same_bound_are_alike():
+    expert = torch.tensor([[3.0, 3.0, 3.0, 0.5, -3.0, -3.0]])
+    output = torch.tensor([[9.0, 1.3, -2.0, 4.0, -1.5, 0.0]], requires_grad=True)
+    wanted, counted = within(expert, output, torch.full((6,), 0.25), [-1.0] * 6, [1.0] * 6)
+    torch.testing.assert_close(wanted - counted, torch.tensor([[0.0, 0.2, 3.5, -3.5, 0.0, -1.5]]))
+    (wanted - counted).square().sum().backward()
+    assert output.grad.ne(0).tolist() == [[False, True, True, True, False, True]]
+    free, same = within(expert, output, torch.ones(6), [-math.inf] * 6, [math.inf] * 6)
+    assert free.equal(expert)
+    assert same.equal(output)
 
 
 def test_an_expert_of_another_environment_is_refused():
