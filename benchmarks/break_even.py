@@ -2,16 +2,18 @@
 
     python benchmarks/break_even.py cartpole_1d_plain halfcheetah_plain
 
-For each dataset of the zoo with a config in conf/ and one in conf/ppo/: CPU minutes of all the training that the two configs
-ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Returns are those of the files:
-the dataset's, and of PPO those in benchmarks/records/.
+For each dataset of the zoo whose environment has a config in conf/ppo/: CPU minutes of all the training that its command's configs
+and that one ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Options in a command that change the
+number of steps are not known here. Returns are those of the files: the dataset's, and of PPO those in benchmarks/records/.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
+from pathlib import Path
 
 import costs
 import marked
@@ -24,9 +26,10 @@ from lightning_distill.dataset import DistilledDataset
 ROOT = costs.COSTS.parents[1]
 
 
-def minutes(config: str) -> float:
-    found = costs.measure(ROOT / "conf" / config)
-    return found["cpu"] * found["all_steps"] / found["steps"] / 60
+def minutes(config: str) -> tuple[float, int]:
+    """CPU minutes of a run of ``conf/…``, and its environment steps."""
+    found = costs.measure(ROOT / config)
+    return found["cpu"] * found["all_steps"] / found["steps"] / 60, int(found["all_steps"])
 
 
 def teaching_seconds(dataset: DistilledDataset, learners: int) -> float:
@@ -43,11 +46,12 @@ def main() -> None:
     parser.add_argument("datasets", nargs="+")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    direct, rows = results.ppo_returns(), []
+    rows = []
     for name in args.datasets:
         dataset = load(name)
-        config = name.removesuffix("_plain")
-        distil, ppo = minutes(f"{config}.yaml"), minutes(f"ppo/{config}.yaml")
+        configs = re.findall(r"conf/\S+\.yaml", dataset.metadata["command"])
+        distil = sum(minutes(config)[0] for config in configs)
+        ppo, steps = minutes(f"conf/ppo/{Path(configs[-1]).name}")
         one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))
         least = math.floor(distil / (ppo - thousand / 1000 / 60)) + 1
         rows.append(
@@ -58,7 +62,7 @@ def main() -> None:
                 f"{one * 1000:.1f} ms",
                 f"{thousand:.2f} s",
                 f"{ppo:.1f}",
-                results.of_environment(dataset.env, direct),
+                results.of_environment(dataset.env, results.ppo_returns(steps)),
                 f"{distil + 100 * thousand / 60000:.1f} / {100 * ppo:.0f}",
                 least,
             ]
