@@ -28,6 +28,7 @@ class Imitation(MetaPPO):
     The expert acts; the loss is KL(expert ‖ learner) in the states that it visits, back-propagated through the step. Pairs
     begin as random states of its episodes with its outputs; normaliser and noise are the expert's. There is no noise of
     returns in it, so it takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
+    Where actions are clipped to bounds, means beyond the same bound count as alike (:func:`within`).
     Learners' own states (DAgger, Ross et al. 2011) make a worse batch: those of learners that fall over outweigh all others.
 
     Args:
