@@ -9,6 +9,7 @@ The returns in the file are of 100 fresh learners (Atari's whole games: 32) of t
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from lightning_distill import evaluate_all, load
@@ -17,6 +18,11 @@ from lightning_distill.tables import returns_table
 from lightning_distill.teaching import with_encoder_level
 
 ZOO = Path(__file__).parents[1] / "lightning_distill" / "zoo"
+
+
+def without_folders(config: str) -> str:
+    """The config with file names in place of absolute paths, which are nobody else's."""
+    return re.sub(r"(?<![^\s'\"])/(?:[^\s/'\"]+/)+", "", config)
 
 
 def main() -> None:
@@ -35,7 +41,8 @@ def main() -> None:
         dataset = with_encoder_level(dataset, args.encoder_level, trained_family(dataset))
     evaluations = evaluate_all(dataset, learners=args.learners, controls=False)
     Console().print(returns_table(args.name, evaluations))
-    dataset = dataset.with_metadata(returns=as_returns(evaluations), command=args.command)
+    config = without_folders(dataset.metadata["config"])
+    dataset = dataset.with_metadata(returns=as_returns(evaluations), command=args.command, config=config)
     print(dataset.save(ZOO / f"{args.name}.safetensors"))
 
 
