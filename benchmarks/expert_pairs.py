@@ -27,7 +27,6 @@ from lightning_distill.step_rules import sgd
 EPISODES, SELECTION_SEED, REPORT_SEED = 20, 100, 1
 
 
-@torch.no_grad()
 def expert_samples(dataset: DistilledDataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised observations [m, *obs] and expert's outputs [m, d] of whole episodes played greedily."""
     family, spec = MLP(), env_spec(dataset.env, dataset.env_kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -45,6 +46,7 @@ def zoo_table() -> str:
     return marked.table(header, rows)
 
 
+@cache
 def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Records of all seeds, by command and method, in the order of environments."""
     found = defaultdict(list)
@@ -84,9 +86,7 @@ def suite_table() -> str:
 
 def what(method: str, record: dict[str, Any]) -> str:
     """What a row is of: pairs and method, and learners that are not the paper's."""
-    named = {"PPO": "PPO", "Imitation": f"{record['pairs']} pairs, by imitation"}.get(
-        method, f"{record['pairs']} pairs"
-    )
+    named = "PPO" if method == "PPO" else f"{record['pairs']} pairs{', by imitation' * (method == 'Imitation')}"
     return named if family(record) == "paper" else f"{named}, {family(record)}"
 
 
@@ -119,9 +119,8 @@ def draw_curves() -> None:
 
     by_env: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (_, method), group in records().items():
-        if (
-            method == "Imitation" or family(group[0]) != "paper"
-        ):  # begins where another run ended, or is of other learners
+        # An imitation begins where another run ended; and one curve is of one family.
+        if method == "Imitation" or family(group[0]) != "paper":
             continue
         for record in group:
             by_env[record["env"]][method].append(record["curve"])

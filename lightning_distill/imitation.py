@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +56,8 @@ class Imitation(MetaPPO):
         log_std = self._expert.log_std
         self._expert_log_std = None if log_std is None else log_std + math.log(expert_noise)
         self._noise_share: Tensor | None = None
+        bounds = torch.tensor([self.spec.action_low, self.spec.action_high])  # [2, d]; nothing if actions are discrete
+        self.register_buffer("_bounds", bounds, persistent=False)
         self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:
             self._fix_normaliser(self._expert.mean, self._expert.std)
@@ -127,23 +128,18 @@ class Imitation(MetaPPO):
         # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
         wanted = batch["expert"]
         if self.log_std is not None:
-            wanted, output = within(
-                wanted, output, self.log_std.detach().exp(), self.spec.action_low, self.spec.action_high
-            )
+            wanted, output = within(wanted, output, self.log_std.detach().exp(), self._bounds)
         loss = divergence(wanted, output, self._expert.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
 
 
-def within(
-    expert: Tensor, output: Tensor, std: Tensor, low: Sequence[float], high: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Means [..., d] as they count where actions are clipped to [low, high]: beyond both bounds all means act alike.
+def within(expert: Tensor, output: Tensor, std: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [..., d] as they count where actions are clipped to bounds [2, d]: beyond the same bound all means act alike.
 
     An expert's mean is taken no further than two standard deviations [d] beyond a bound, where nearly all actions are clipped; a
-    learner's mean that is further out on the same side is right. Experts often act so (HalfCheetah's in 57 % of
-    actions), and how far beyond is noise that no learner needs to hold.
+    learner's mean that is further out on the same side is right: how far out is nothing that a learner has to hold.
     """
-    lowest, highest = expert.new_tensor(low) - 2 * std, expert.new_tensor(high) + 2 * std
+    lowest, highest = bounds[0] - 2 * std, bounds[1] + 2 * std
     output = torch.where(expert > highest, output.minimum(highest), output)
     output = torch.where(expert < lowest, output.maximum(lowest), output)
     return expert.clamp(lowest, highest), output

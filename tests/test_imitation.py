@@ -100,11 +100,11 @@ def test_divergences_are_those_of_torch():
 def test_means_beyond_the_same_bound_are_alike():
     expert = torch.tensor([[3.0, 3.0, 3.0, 0.5, -3.0, -3.0]])
     output = torch.tensor([[9.0, 1.3, -2.0, 4.0, -1.5, 0.0]], requires_grad=True)
-    wanted, counted = within(expert, output, torch.full((6,), 0.25), [-1.0] * 6, [1.0] * 6)
+    wanted, counted = within(expert, output, torch.full((6,), 0.25), torch.tensor([[-1.0] * 6, [1.0] * 6]))
     torch.testing.assert_close(wanted - counted, torch.tensor([[0.0, 0.2, 3.5, -3.5, 0.0, -1.5]]))
     (wanted - counted).square().sum().backward()
     assert output.grad.ne(0).tolist() == [[False, True, True, True, False, True]]
-    free, same = within(expert, output, torch.ones(6), [-math.inf] * 6, [math.inf] * 6)
+    free, same = within(expert, output, torch.ones(6), torch.tensor([[-math.inf] * 6, [math.inf] * 6]))
     assert free.equal(expert)
     assert same.equal(output)
 
