@@ -121,7 +121,7 @@ class WorkersCollector:
             self.weights.update_(TensorDict(self.module.state_dict()))
             try:
                 rollout = next(rollouts)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
                 raise RuntimeError("a worker of data.collectors ended; its own message is on standard error") from error
             rollout = rollout.exclude("collector").to(self.module.device)
             # [workers, environments, T]; a learner's environments, which all workers have some of, stand together.
