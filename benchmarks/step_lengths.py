@@ -60,7 +60,7 @@ def main() -> None:
     for name in SHOWN:
         cells = []
         for length in LENGTHS:
-            with patch("lightning_distill.step_rules.BACKTRACKING", (dataset.projection_step.item() / length,)):
+            with patch("lightning_distill.step_rules.LENGTHS", (length / dataset.projection_step.item(),)):
                 torch.manual_seed(1)
                 taught = teach_many(FAMILIES[name], dataset, LEARNERS)
             on_pairs, on_states = (taught(each.expand(LEARNERS, *each.shape)) for each in (pairs, seen))

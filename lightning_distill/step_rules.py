@@ -3,21 +3,24 @@
     sgd           θ₁ = θ₀ − η g                      g = ∇θ mean‖f_θ₀(x) − y‖², η learned (Wilhelm & Ventura 2025, section 3)
     line_search   η = α ⟨r, J g⟩ / ‖J g‖²            r = f_θ₀(x) − y, J g its derivative along g, α learned
     newton        W = φᵀ (φ φᵀ + λ tr(φ φᵀ)/n I)⁻¹ (y − ȳ),   f_θ₁(s) = ȳ + (φ(s) − φ̄) W,   λ learned
-    projection    newton; h₁ = h₀ − κ ‖h₀‖/‖g‖ g of all other layers h; newton again;   λ and κ learned
+    projection    newton; h₁ = h₀ − κ ‖h₀‖ Q/‖Q‖ of all other layers h, Q = U Vᵀ for g = U Σ Vᵀ; newton again;   λ and κ learned
 
 With α = 1 a line search goes to the minimum of the linearised loss along the gradient (Cauchy 1847), so a step is equally
 long for narrow and wide learners. ``newton`` is one Newton step of the last layer's weights and bias on the same loss with
 weight decay λ tr(φ φᵀ)/n ‖W‖²; that loss is quadratic, so one step is exact and forgets the initial weights (ridge
 regression, Hoerl & Kennard 1970). φ are the features that enter the last layer, centred by their mean φ̄ over the pairs.
-``projection`` is one gradient step of all layers but the last on the loss that is left when the last is always at its best
-(variable projection, Golub & Pereyra 1973), of a length relative to their own: features turn towards what the pairs ask for.
-Narrow relu learners want long steps, deep ones short ones, hence a search along the gradient.
+``projection`` is one step of all layers but the last on the loss that is left when the last is always at its best (variable
+projection, Golub & Pereyra 1973), of a length relative to their own: features turn towards what the pairs ask for. Of one
+gradient step, nearly all goes into a direction or two (Ba et al. 2022); steepest descent in the spectral norm (Carlson et al.
+2015; Muon, Jordan et al. 2024) goes along the gradient's polar factor Q, which moves all directions of a matrix alike.
+Narrow relu learners want long steps, deep ones short ones, hence a search along it.
 
 All are differentiable in pairs and numbers, and take K stacked learners at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -28,8 +31,8 @@ from .learners import FIXED, Learners, Params, UnfitLearner
 
 Step = Callable[..., Params]
 
-#: What ``projection`` divides its step by where the whole of it is too long.
-BACKTRACKING = (1.0, 8.0, 64.0)
+#: Parts of κ that ``projection`` tries, one after another.
+LENGTHS = (1 / 64, 1 / 8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -96,27 +99,30 @@ def newton(learners: Learners, params: Params, observations: Tensor, targets: Te
 def projection(
     learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor, step: Tensor
 ) -> Params:
-    """One gradient step of all layers but the last, before and after which the last is where ``newton`` puts it.
+    """One step of all layers but the last along their gradients' polar factors, before and after which the last is where
+    ``newton`` puts it.
 
-    Of the step and shorter ones, each learner takes the one that leaves the least loss (backtracking, Armijo 1966).
+    Each learner's step is lengthened until its loss rises (forward tracking). Not the least loss of all: far beyond the first
+    minimum attention fits few pairs again, by features that know nothing else.
     """
     solved = newton(learners, params, observations, targets, ridge)
     others = [name for name in _trainable(params) if solved[name] is params[name]]
     gradients = _gradients(learners, solved, observations, targets, others)
     if not gradients:  # a linear learner has no other layer
         return solved
-    longest = step * _norms(params, gradients) / _norms(gradients, gradients)
+    directions = {name: _polar_factor(gradient) for name, gradient in gradients.items()}
+    sizes = {name: step * _size(params[name]) for name in gradients}
 
-    def after(sizes: Tensor) -> Params:
-        moved = {name: params[name] - _each(sizes, gradient) * gradient for name, gradient in gradients.items()}
+    def after(length: Tensor) -> Params:
+        moved = {name: params[name] - _each(length * sizes[name], along) * along for name, along in directions.items()}
         return newton(learners, params | moved, observations, targets, ridge)
 
+    lengths = step.new_tensor(LENGTHS)
     with torch.no_grad():
-        losses = torch.stack(
-            [_losses(learners, after(longest / shorter), observations, targets) for shorter in BACKTRACKING]
-        )
-        shorter = longest.new_tensor(BACKTRACKING)[losses.nan_to_num(nan=torch.inf).argmin(0)]
-    return after(longest / shorter)
+        losses = torch.stack([_losses(learners, after(length), observations, targets) for length in lengths])
+        losses = losses.nan_to_num(nan=torch.inf)
+        rises = torch.cat([losses[1:] >= losses[:-1], torch.ones_like(losses[:1], dtype=torch.bool)])
+    return after(lengths[rises.int().argmax(0)])
 
 
 #: In the order of how little they ask of a learner; the first is the plain step.
@@ -163,10 +169,37 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _norms(params: Params, names: Iterable[str]) -> Tensor:
-    """Euclidean norm [K] over the parameters of these names; never 0."""
-    squares = torch.stack([_wide(params[name]).flatten(1).square().sum(1) for name in names]).sum(0)
-    return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+def _size(parameter: Tensor) -> Tensor:
+    """How large [K] a parameter [K, …] is: a matrix by its norm; a vector as if each entry were 1, as biases begin with 0."""
+    matrices = _wide(_as_matrices(parameter))
+    if 1 in matrices.shape[1:]:
+        return matrices.new_full((len(matrices),), math.sqrt(matrices[0].numel()))
+    return torch.linalg.matrix_norm(matrices)
+
+
+def _polar_factor(gradient: Tensor) -> Tensor:
+    """Of gradients [K, …], as matrices G = U Σ Vᵀ, about U Vᵀ, with a Frobenius norm of 1; of a vector its direction.
+
+    Five iterations in the manner of Newton and Schulz, with the coefficients of Muon (Jordan et al. 2024), which bring singular
+    values from 0.003 of ‖G‖ up to between 0.7 and 1.2: products of matrices alone, so that derivatives exist for equal ones too.
+    """
+    matrices = _wide(_as_matrices(gradient))
+    tall = matrices.shape[1] > matrices.shape[2]
+    found = _unit(matrices.mT if tall else matrices)
+    for _ in range(5):
+        square = found @ found.mT
+        found = 3.4445 * found + (-4.7750 * square + 2.0315 * square @ square) @ found
+    return _unit(found.mT if tall else found).reshape(gradient.shape)
+
+
+def _as_matrices(values: Tensor) -> Tensor:
+    """Values [K, …] of K learners as matrices [K, r, c]; a convolution's as one row for each channel."""
+    return values.flatten(2) if values.dim() > 2 else values.unsqueeze(1)
+
+
+def _unit(matrices: Tensor) -> Tensor:
+    norms = torch.linalg.matrix_norm(matrices, keepdim=True)
+    return matrices / norms.clamp(min=torch.finfo(matrices.dtype).tiny)
 
 
 def _each(sizes: Tensor, gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
 from lightning_distill.learners import StackedModules, UnfitLearner, stack_parameters
-from lightning_distill.step_rules import BACKTRACKING, STEP_RULES, best_steps, line_search, newton, projection
+from lightning_distill.step_rules import STEP_RULES, best_steps, line_search, newton, projection
 from lightning_distill.teaching import with_line_search, with_plain_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "step_rules.md"
@@ -134,8 +134,10 @@ def test_rules_are_differentiable_in_pairs_and_number(rule):
     assert torch.autograd.gradcheck(outputs_after, inputs)
 
 
-def test_projection_is_a_gradient_step_on_the_loss_with_the_best_last_layer():
-    """The gradient of the reduced loss min_W ‖φ W + b − y‖² + μ ‖W‖², μ held, by finite differences."""
+def test_projection_steps_along_the_polar_factor_of_the_gradient_of_the_loss_with_the_best_last_layer(monkeypatch):
+    """The gradient of the reduced loss min_W ‖φ W + b − y‖² + μ ‖W‖², μ held, by finite differences; its factor by iteration of
+    the singular values of numpy."""
+    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (1.0,))
     family, params, x, y, ridge = double_problem(learners=1, width=4, depth=1)
     x, y, ridge = x.detach(), y.detach(), ridge.detach()
     phi = family.features(params, x[None])[0]
@@ -148,40 +150,62 @@ def test_projection_is_a_gradient_step_on_the_loss_with_the_best_last_layer():
         solved = torch.linalg.lstsq(features, right).solution
         return (features @ solved - right).square().sum().item()
 
-    start, far = params["0.weight"], 1e-5
-    gradient = torch.zeros_like(start)
-    for index in range(start.numel()):
-        shift = torch.zeros_like(start).view(-1)
+    gradient, far = torch.zeros(3, 4).double(), 1e-5
+    for index in range(12):
+        shift = torch.zeros(12).double()
         shift[index] = far
-        shift = shift.view(start.shape)
-        gradient.view(-1)[index] = (reduced(start + shift) - reduced(start - shift)) / (2 * far)
-    step = torch.tensor(0.2).double()
-    taught = projection(family, params, x, y, ridge, step)
-    moved = start - taught["0.weight"]
-    torch.testing.assert_close(moved / moved.norm(), gradient / gradient.norm(), atol=1e-6, rtol=1e-5)
-    lengths = [(a["0.weight"].square().sum() + a["0.bias"].square().sum()).sqrt() for a in (params,)]
-    change = torch.cat([(params[n] - taught[n]).flatten() for n in ("0.weight", "0.bias")])
-    torch.testing.assert_close(change.norm(), 0.2 * lengths[0])
+        ahead, behind = (params["0.weight"] + sign * shift.view(1, 3, 4) for sign in (1, -1))
+        gradient.view(-1)[index] = (reduced(ahead) - reduced(behind)) / (2 * far)
+    u, values, v = np.linalg.svd(gradient.numpy(), full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert 0.6 < values.min() < values.max() < 1.25
+    taught = projection(family, params, x, y, ridge, torch.tensor(0.2).double())
+    moved = {name: (params[name] - taught[name])[0].detach() for name in ("0.weight", "0.bias")}
+    factor = torch.from_numpy(u * values @ v) / np.linalg.norm(values)
+    torch.testing.assert_close(moved["0.weight"], 0.2 * params["0.weight"].norm() * factor, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(moved["0.bias"].norm(), torch.tensor(0.2 * 2.0).double())  # four entries, as if 1 each
     again = newton(family, params | {n: taught[n] for n in ("0.weight", "0.bias")}, x, y, ridge)
     torch.testing.assert_close(again, taught)
 
 
-def test_projection_takes_the_length_that_leaves_the_least_loss(monkeypatch):
-    """Each learner its own: of three learners with other gains not all take the same."""
-    family, params, x, y, ridge = double_problem(width=6, pairs=9, depth=2)
-    params["2.weight"] = params["2.weight"] * torch.tensor([0.2, 1.0, 9.0]).double().view(3, 1, 1)
-    step = torch.tensor(4.0).double()
+def test_projection_lengthens_each_learners_step_until_its_loss_rises(monkeypatch):
+    """Each learner its own: of learners with other gains not all take the same; one passes over a lower loss beyond a rise."""
+    lengths = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", lengths)
+    family, params, x, y, ridge = double_problem(learners=24, width=6, pairs=9, depth=2)
+    params["1.weight"] = params["1.weight"] * torch.logspace(-1, 1, 24).double().view(24, 1, 1)
+    step = torch.tensor(1.0).double()
     taught = projection(family, params, x, y, ridge, step)
     tried, losses = [], []
-    for shorter in BACKTRACKING:
-        monkeypatch.setattr("lightning_distill.step_rules.BACKTRACKING", (shorter,))
+    for length in lengths:
+        monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (length,))
         tried.append(projection(family, params, x, y, ridge, step))
-        losses.append((family.forward(tried[-1], x.expand(3, 9, 3)) - y).square().mean((1, 2)))
-    best = torch.stack(losses).argmin(0)
-    assert len(set(best.tolist())) > 1
-    for k in range(3):
+        losses.append((family.forward(tried[-1], x.expand(24, 9, 3)) - y).square().mean((1, 2)).tolist())
+    expected = []
+    for loss in zip(*losses, strict=True):
+        at = 0
+        while at < len(loss) - 1 and loss[at + 1] < loss[at]:
+            at += 1
+        expected.append(at)
+    assert len(set(expected)) > 2
+    assert expected != torch.tensor(losses).argmin(0).tolist()
+    for k, at in enumerate(expected):
         for name in params:
-            torch.testing.assert_close(taught[name][k], tried[best[k]][name][k])
+            torch.testing.assert_close(taught[name][k], tried[at][name][k])
+
+
+def test_projection_does_not_take_a_step_that_overflows(monkeypatch):
+    family, params, x, y, ridge = double_problem(width=6, activation="relu")
+    params = {name: value.float() for name, value in params.items()}
+    pairs = [value.detach().float() for value in (x, y, ridge)]
+    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (1.0,))
+    expected, overflown = (projection(family, params, *pairs, torch.tensor(step)) for step in (1e-3, 1e30))
+    assert overflown["2.weight"].isnan().any()
+    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (1e-33, 1.0))
+    taught = projection(family, params, *pairs, torch.tensor(1e30))
+    torch.testing.assert_close(taught, expected)
 
 
 def test_projection_of_a_linear_learner_is_newton():
