@@ -1,21 +1,23 @@
-"""How long a step of the hidden layers different learners want, by the rule ``projection``: a table of RESULTS.md.
+"""Which step of the hidden layers different learners want, by the rule ``projection``, and how long: a table of RESULTS.md.
 
     python benchmarks/step_lengths.py walker2d
 
 For each family the error of 8 taught learners in % of the variance of what they should do, with one length of the step for all (no search): on the
-pairs, and, after the stroke, on states that the mean of 16 learners taught on the dataset comes to with five times its noise.
+pairs, and, after the stroke, on states that the mean of 16 learners taught on the dataset comes to with five times its noise. Along
+the polar factor of each parameter's gradient, and along the gradient itself, by the same lengths.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from unittest.mock import patch
 
 import marked
 import torch
 from torch import Tensor
 
-from lightning_distill import load
+from lightning_distill import load, step_rules
 from lightning_distill.dataset import DistilledDataset
 from lightning_distill.envs import env_spec, make_env
 from lightning_distill.experts import TaughtLearners
@@ -24,7 +26,12 @@ from lightning_distill.teaching import teach_many
 
 LENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHOWN = ("paper", "xavier", "width_512", "attention", "depth_5", "residual", "relu", "kaiming", "layer_norm")
+DIRECTIONS = {"gradient": lambda gradient: gradient / norms(gradient), "polar factor": step_rules._polar_factor}
 LEARNERS, ENVIRONMENTS, STEPS, NOISE = 8, 16, 300, 5.0
+
+
+def norms(gradient: Tensor) -> Tensor:
+    return gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.dim() - 1))
 
 
 @torch.no_grad()
@@ -57,16 +64,17 @@ def main() -> None:
     wanted = expert.output(seen)
     pairs = dataset.observations * dataset.observation_std + dataset.observation_mean
     rows = []
-    for name in SHOWN:
+    for name, (kind, along) in itertools.product(SHOWN, DIRECTIONS.items()):
         cells = []
         for length in LENGTHS:
-            with patch("lightning_distill.step_rules.LENGTHS", (length / dataset.projection_step.item(),)):
+            with patch.multiple("lightning_distill.step_rules", LENGTHS=(length,), _polar_factor=along):
                 torch.manual_seed(1)
                 taught = teach_many(FAMILIES[name], dataset, LEARNERS)
             on_pairs, on_states = (taught(each.expand(LEARNERS, *each.shape)) for each in (pairs, seen))
             cells.append(f"{error(on_pairs, dataset.targets):.2g} / {error(on_states, wanted):.2g}")
-        rows.append([name.replace("_", " "), *cells])
-    marked.write("step lengths", marked.table(["κ", *(f"{length:g}" for length in LENGTHS)], rows))
+        rows.append([name.replace("_", " "), kind, *cells])
+    heads = [f"κ = {LENGTHS[0]:g}", *(f"{length:g}" for length in LENGTHS[1:])]
+    marked.write("step lengths", marked.table(["family", "along", *heads], rows))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ INTEGER_KEYS = ("env_steps", "seed")
 #: Metadata that are fields of their own, or what this version writes anyway.
 FIELD_KEYS = ("format", "env", "action_type", "loss", "steps", "observation_clip")
 REQUIRED = ("observations", "targets", "learning_rate", "observation_mean", "observation_std")
-OPTIONAL = ("log_std", "line_search_scale", "newton_ridge", "projection_step")
+OPTIONAL = ("log_std", "line_search_scale", "newton_ridge")
 ENCODER = "encoder."
 ENCODER_LEVELS = ("0", "1", "2", "3", "4")
 #: Far more than a config and a table of returns need; a larger one is no honest file.
@@ -63,7 +63,7 @@ class DistilledDataset:
         action_type: ``discrete`` or ``continuous``.
         log_std: [d], log standard deviation of the taught policy (continuous only).
         observation_clip: c, see above.
-        line_search_scale, newton_ridge, projection_step: scalars α, λ and κ of the step rules of these names; optional.
+        line_search_scale, newton_ridge: scalars α and λ of the step rules of these names; optional.
         encoder: state dict of the encoder whose output learners are fed in teaching and acting; empty unless
             ``encoder_level`` > 0.
         metadata: everything else the file says (section "file format" of the README), in plain JSON values: control
@@ -84,7 +84,6 @@ class DistilledDataset:
     observation_clip: float = 10.0
     line_search_scale: Tensor | None = None
     newton_ridge: Tensor | None = None
-    projection_step: Tensor | None = None
     encoder: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -112,7 +111,7 @@ class DistilledDataset:
         n, d = self.targets.shape
         _require(d >= 1, f"targets: shape {[n, d]}, expected at least one output")
         _require(len(self.observations) == n, f"observations: {len(self.observations)} rows, but targets has {n}")
-        scalars = ("learning_rate", "line_search_scale", "newton_ridge", "projection_step")
+        scalars = ("learning_rate", "line_search_scale", "newton_ridge")
         # Pairs that an encoder has encoded already have another shape than what the environment shows.
         shown = list(self.observation_mean.shape) if self.encoder else shape[1:]
         expected = {"log_std": [d], "observation_mean": shown, "observation_std": shown}

@@ -49,7 +49,6 @@ class MetaPPO(PPO):
             size that moves a learner equally far grows with their number.
         line_search_scale: initial α of ``line_search``.
         newton_ridge: initial λ of ``newton`` and ``projection``.
-        projection_step: initial κ of ``projection``.
         target_kl, log_std, log_std_min, noise_rate, final_noise, noise_falls_from: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
         start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise, normaliser and encoder the
@@ -71,7 +70,6 @@ class MetaPPO(PPO):
         learning_rate: PositiveFloat = 0.3,
         line_search_scale: PositiveFloat = 1.0,
         newton_ridge: PositiveFloat = 0.1,
-        projection_step: PositiveFloat = 2.0,
         target_kl: PositiveFloat = 0.05,
         log_std: float = -0.3,
         log_std_min: float = -1.5,
@@ -97,7 +95,6 @@ class MetaPPO(PPO):
             "learning_rate": learning_rate,
             "line_search_scale": line_search_scale,
             "newton_ridge": newton_ridge,
-            "projection_step": projection_step,
         }
         self._initial = {
             "pairs": pairs,

@@ -3,7 +3,7 @@
     sgd           θ₁ = θ₀ − η g                      g = ∇θ mean‖f_θ₀(x) − y‖², η learned (Wilhelm & Ventura 2025, section 3)
     line_search   η = α ⟨r, J g⟩ / ‖J g‖²            r = f_θ₀(x) − y, J g its derivative along g, α learned
     newton        W = φᵀ (φ φᵀ + λ tr(φ φᵀ)/n I)⁻¹ (y − ȳ),   f_θ₁(s) = ȳ + (φ(s) − φ̄) W,   λ learned
-    projection    newton; h₁ = h₀ − κ ‖h₀‖ Q/‖Q‖ of all other layers h, Q = U Vᵀ for g = U Σ Vᵀ; newton again;   λ and κ learned
+    projection    newton; h₁ = h₀ − κ ‖h₀‖ Q/‖Q‖ of all other layers h, Q = U Vᵀ for g = U Σ Vᵀ; newton again;   λ learned
 
 With α = 1 a line search goes to the minimum of the linearised loss along the gradient (Cauchy 1847), so a step is equally
 long for narrow and wide learners. ``newton`` is one Newton step of the last layer's weights and bias on the same loss with
@@ -13,7 +13,7 @@ regression, Hoerl & Kennard 1970). φ are the features that enter the last layer
 projection, Golub & Pereyra 1973), of a length relative to their own: features turn towards what the pairs ask for. Of one
 gradient step, nearly all goes into a direction or two (Ba et al. 2022); steepest descent in the spectral norm (Carlson et al.
 2015; Muon, Jordan et al. 2024) goes along the gradient's polar factor Q, which moves all directions of a matrix alike.
-Narrow relu learners want long steps, deep ones short ones, hence a search along it.
+Narrow relu learners want long steps, deep ones short ones, hence each its κ.
 
 All are differentiable in pairs and numbers, and take K stacked learners at once.
 """
@@ -31,8 +31,8 @@ from .learners import FIXED, Learners, Params, UnfitLearner
 
 Step = Callable[..., Params]
 
-#: Parts of κ that ``projection`` tries, one after another.
-LENGTHS = (1 / 64, 1 / 8, 1.0)
+#: Step lengths κ that ``projection`` tries, one after another, relative to what moves.
+LENGTHS = (1 / 32, 1 / 4, 2.0)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def newton(learners: Learners, params: Params, observations: Tensor, targets: Te
     return learners.with_output_layer(params, weight, target_mean - mean @ weight)
 
 
-def projection(
-    learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor, step: Tensor
-) -> Params:
+def projection(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
     """One step of all layers but the last along their gradients' polar factors, before and after which the last is where
     ``newton`` puts it.
 
@@ -111,13 +109,13 @@ def projection(
     if not gradients:  # a linear learner has no other layer
         return solved
     directions = {name: _polar_factor(gradient) for name, gradient in gradients.items()}
-    sizes = {name: step * _size(params[name]) for name in gradients}
+    sizes = {name: _size(params[name]) for name in gradients}
 
     def after(length: Tensor) -> Params:
         moved = {name: params[name] - _each(length * sizes[name], along) * along for name, along in directions.items()}
         return newton(learners, params | moved, observations, targets, ridge)
 
-    lengths = step.new_tensor(LENGTHS)
+    lengths = ridge.new_tensor(LENGTHS)
     with torch.no_grad():
         losses = torch.stack([_losses(learners, after(length), observations, targets) for length in lengths])
         losses = losses.nan_to_num(nan=torch.inf)
@@ -130,7 +128,7 @@ STEP_RULES = {
     "sgd": StepRule(sgd, ("learning_rate",)),
     "line_search": StepRule(line_search, ("line_search_scale",)),
     "newton": StepRule(newton, ("newton_ridge",)),
-    "projection": StepRule(projection, ("newton_ridge", "projection_step")),
+    "projection": StepRule(projection, ("newton_ridge",)),
 }
 
 

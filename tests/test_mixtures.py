@@ -67,7 +67,6 @@ def test_learners_of_a_mixture_compute_what_they_compute_alone():
 def test_every_rule_teaches_each_learner_of_a_mixture_as_alone(rule):
     torch.manual_seed(0)
     numbers = {"newton_ridge": torch.tensor(0.05), "line_search_scale": torch.tensor(1.3)}
-    numbers["projection_step"] = torch.tensor(0.1)
     dataset, mixture = make_dataset(**numbers), Mixture(one_layer(3, 5, 7), each=2)
     torch.manual_seed(1)
     params = mixture.draw(6, (17,), 6)
@@ -115,7 +114,7 @@ def test_layer_norm_of_the_mlp_is_that_of_torch():
 def test_every_named_family_can_be_drawn_taught_by_every_rule_and_described(name):
     family = family_named(name)
     assert family_from(family.describe()).describe() == family.describe()
-    numbers = {"newton_ridge": 0.05, "line_search_scale": 1.0, "projection_step": 0.1}
+    numbers = {"newton_ridge": 0.05, "line_search_scale": 1.0}
     dataset = make_dataset(**{name: torch.tensor(value) for name, value in numbers.items()})
     for rule in STEP_RULES:
         outputs = teach_many(family, dataset, 3, rule)(torch.ones(3, 2, 17))

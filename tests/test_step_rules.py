@@ -31,7 +31,6 @@ def double_problem(learners: int = 3, pairs: int = 5, **arguments):
 
 def newton_dataset(**changes):
     numbers = {"newton_ridge": torch.tensor(0.05), "line_search_scale": torch.tensor(1.3)}
-    numbers["projection_step"] = torch.tensor(0.1)
     return make_dataset(**{"metadata": {"step_rule": "newton"}, **numbers, **changes})
 
 
@@ -126,8 +125,6 @@ def test_rules_are_differentiable_in_pairs_and_number(rule):
     family, params, *inputs = double_problem(learners=2, pairs=3)
     probe = torch.randn(2, 4, 3, dtype=torch.float64)
 
-    inputs += [torch.tensor(0.2, dtype=torch.float64, requires_grad=True)] * (rule == "projection")
-
     def outputs_after(*inputs: Tensor) -> Tensor:
         return family.forward(STEP_RULES[rule](family, params, *inputs), probe)
 
@@ -137,7 +134,7 @@ def test_rules_are_differentiable_in_pairs_and_number(rule):
 def test_projection_steps_along_the_polar_factor_of_the_gradient_of_the_loss_with_the_best_last_layer(monkeypatch):
     """The gradient of the reduced loss min_W ‖φ W + b − y‖² + μ ‖W‖², μ held, by finite differences; its factor by iteration of
     the singular values of numpy."""
-    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (1.0,))
+    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (0.2,))
     family, params, x, y, ridge = double_problem(learners=1, width=4, depth=1)
     x, y, ridge = x.detach(), y.detach(), ridge.detach()
     phi = family.features(params, x[None])[0]
@@ -161,7 +158,7 @@ def test_projection_steps_along_the_polar_factor_of_the_gradient_of_the_loss_wit
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     assert 0.6 < values.min() < values.max() < 1.25
-    taught = projection(family, params, x, y, ridge, torch.tensor(0.2).double())
+    taught = projection(family, params, x, y, ridge)
     moved = {name: (params[name] - taught[name])[0].detach() for name in ("0.weight", "0.bias")}
     factor = torch.from_numpy(u * values @ v) / np.linalg.norm(values)
     torch.testing.assert_close(moved["0.weight"], 0.2 * params["0.weight"].norm() * factor, atol=1e-6, rtol=1e-4)
@@ -176,12 +173,11 @@ def test_projection_lengthens_each_learners_step_until_its_loss_rises(monkeypatc
     monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", lengths)
     family, params, x, y, ridge = double_problem(learners=24, width=6, pairs=9, depth=2)
     params["1.weight"] = params["1.weight"] * torch.logspace(-1, 1, 24).double().view(24, 1, 1)
-    step = torch.tensor(1.0).double()
-    taught = projection(family, params, x, y, ridge, step)
+    taught = projection(family, params, x, y, ridge)
     tried, losses = [], []
     for length in lengths:
         monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (length,))
-        tried.append(projection(family, params, x, y, ridge, step))
+        tried.append(projection(family, params, x, y, ridge))
         losses.append((family.forward(tried[-1], x.expand(24, 9, 3)) - y).square().mean((1, 2)).tolist())
     expected = []
     for loss in zip(*losses, strict=True):
@@ -200,17 +196,17 @@ def test_projection_does_not_take_a_step_that_overflows(monkeypatch):
     family, params, x, y, ridge = double_problem(width=6, activation="relu")
     params = {name: value.float() for name, value in params.items()}
     pairs = [value.detach().float() for value in (x, y, ridge)]
-    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (1.0,))
-    expected, overflown = (projection(family, params, *pairs, torch.tensor(step)) for step in (1e-3, 1e30))
-    assert overflown["2.weight"].isnan().any()
-    monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", (1e-33, 1.0))
-    taught = projection(family, params, *pairs, torch.tensor(1e30))
-    torch.testing.assert_close(taught, expected)
+    taught = {}
+    for lengths in ((1e-3,), (1e30,), (1e-3, 1e30)):
+        monkeypatch.setattr("lightning_distill.step_rules.LENGTHS", lengths)
+        taught[lengths] = projection(family, params, *pairs)
+    assert taught[1e30,]["2.weight"].isnan().any()
+    torch.testing.assert_close(taught[1e-3, 1e30], taught[1e-3,])
 
 
 def test_projection_of_a_linear_learner_is_newton():
     family, params, x, y, ridge = double_problem(depth=0)
-    torch.testing.assert_close(projection(family, params, x, y, ridge, ridge), newton(family, params, x, y, ridge))
+    torch.testing.assert_close(projection(family, params, x, y, ridge), newton(family, params, x, y, ridge))
 
 
 # --- anybody's modules -----------------------------------------------------------------------------------------------
@@ -260,7 +256,7 @@ def test_rules_as_a_stranger_writes_them(rule, tmp_path, monkeypatch):
     assert len([line for line in blocks[rule].splitlines() if line]) <= 15
     space = {"network": network, "last": network[-1]}
     exec(blocks["start"] + (blocks["newton"] if rule == "projection" else "") + blocks[rule], space)
-    torch.testing.assert_close(network(0.3 / dataset.observation_std), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(network(0.3 / dataset.observation_std), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_the_recommended_rule_is_the_default_and_others_are_a_word_away():
