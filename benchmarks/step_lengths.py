@@ -26,12 +26,11 @@ from lightning_distill.teaching import teach_many
 
 LENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHOWN = ("paper", "xavier", "width_512", "attention", "depth_5", "residual", "relu", "kaiming", "layer_norm")
-DIRECTIONS = {"gradient": lambda gradient: gradient / norms(gradient), "polar factor": step_rules._polar_factor}
+DIRECTIONS = {
+    "gradient": lambda gradient: step_rules._unit(step_rules._as_matrices(gradient)).view_as(gradient),
+    "polar factor": step_rules._polar_factor,
+}
 LEARNERS, ENVIRONMENTS, STEPS, NOISE = 8, 16, 300, 5.0
-
-
-def norms(gradient: Tensor) -> Tensor:
-    return gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.dim() - 1))
 
 
 @torch.no_grad()
