@@ -171,6 +171,8 @@ def test_torchrl_environment_by_class_path():
         ("Blackjack-v1", {}, "observation space Tuple"),
         ("FrozenLake-v1", {}, r"observation space Discrete\(16\)"),
         ("HalfCheetah-v5", {"wings": 2}, "wings"),
+        ("Ant-v4", {"include_cfrc_ext_in_observation": False}, "allowed: .* or null"),
+        ("Pusher-v4", {}, "did you mean (?!Pusher-v4).*Pusher-v5"),
         ("torchrl.envs.PendulumEnv", {}, "observation"),
         ("lightning_distill.envs.cartpole.CartPole", {"num_envs": 4}, r"batch size \[4\]"),
     ],

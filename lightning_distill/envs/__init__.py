@@ -90,14 +90,17 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
         with _known_warnings_filtered():
             return gymnasium.make(env, disable_env_checker=True, **kwargs)
     except (gymnasium.error.Error, ImportError) as error:
-        close = difflib.get_close_matches(env, list(gymnasium.registry), n=3, cutoff=0.6)
+        close = difflib.get_close_matches(env, gymnasium.registry.keys() - {env}, n=3, cutoff=0.6)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ConfigError(
             f"data.env={env!r} is not an environment that can be made ({error}){hint} "
             "Allowed: any installed Gymnasium id, or the class path of a TorchRL environment"
         ) from error
     except TypeError as error:
-        raise ConfigError(f"data.env_kwargs={kwargs!r}: not accepted by {env} ({error})") from error
+        raise ConfigError(
+            f"data.env_kwargs={kwargs!r}: not accepted by {env} ({error}); "
+            "allowed: what its constructor takes, or null to give it nothing"
+        ) from error
 
 
 def _torchrl_class(env: str) -> type[EnvBase] | None:
