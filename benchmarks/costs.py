@@ -2,7 +2,7 @@
 
     python benchmarks/costs.py conf/*.yaml
 
-Each config runs in a process of its own, without evaluations. CPU time is of all threads: what else the machine does
+Each config runs in a process of its own, without evaluations; rows of configs that are not named stay. CPU time is of all threads: what else the machine does
 changes it little, unlike the time on the clock, of which it is an upper bound on one core.
 """
 
@@ -65,21 +65,20 @@ def measure(config: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    rows = []
+    told = [line.strip("| ").split(" | ") for line in COSTS.read_text().splitlines() if line.startswith("| `conf/")]
+    rows = {cells[0]: cells for cells in told}
     for config in map(Path, sys.argv[1:]):
         found = measure(config)
         per_second = found["steps"] / found["cpu"]
         minutes = found["all_steps"] / per_second / 60
-        rows.append(
-            [
-                f"`{config}`",
-                f"{found['all_steps'] / 1e6:g} M",
-                f"{per_second:,.0f}",
-                f"{minutes:.1f}",
-                f"{found['mebibytes']:.0f}",
-            ]
-        )
-        print(*rows[-1], flush=True)
+        rows[f"`{config}`"] = [
+            f"`{config}`",
+            f"{found['all_steps'] / 1e6:g} M",
+            f"{per_second:,.0f}",
+            f"{minutes:.1f}",
+            f"{found['mebibytes']:.0f}",
+        ]
+        print(*rows[f"`{config}`"], flush=True)
     header = [
         "config",
         "environment steps",
@@ -87,7 +86,8 @@ def main() -> None:
         "CPU minutes of training",
         "peak memory, MiB",
     ]
-    marked.write("costs", marked.table(header, rows), COSTS)
+    in_folders = sorted(rows.values(), key=lambda cells: (cells[0].count("/"), cells[0]))
+    marked.write("costs", marked.table(header, in_folders), COSTS)
 
 
 if __name__ == "__main__":
