@@ -2,8 +2,8 @@
 
     python benchmarks/costs.py conf/*.yaml
 
-Each config runs in a process of its own, without evaluations; rows of configs that are not named stay. CPU time is of all threads: what else the machine does
-changes it little, unlike the time on the clock, of which it is an upper bound on one core.
+Each config runs in a process of its own, without evaluations; rows of configs that are not named stay. CPU time is of all
+threads: what else the machine does changes it little, unlike the time on the clock, of which it is an upper bound on one core.
 """
 
 from __future__ import annotations
@@ -65,20 +65,19 @@ def measure(config: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    told = [line.strip("| ").split(" | ") for line in COSTS.read_text().splitlines() if line.startswith("| `conf/")]
-    rows = {cells[0]: cells for cells in told}
+    before = [line.strip("| ").split(" | ") for line in COSTS.read_text().splitlines() if line.startswith("| `conf/")]
+    rows = {name: numbers for name, *numbers in before}
     for config in map(Path, sys.argv[1:]):
-        found = measure(config)
+        found, name = measure(config), f"`{config}`"
         per_second = found["steps"] / found["cpu"]
         minutes = found["all_steps"] / per_second / 60
-        rows[f"`{config}`"] = [
-            f"`{config}`",
+        rows[name] = [
             f"{found['all_steps'] / 1e6:g} M",
             f"{per_second:,.0f}",
             f"{minutes:.1f}",
             f"{found['mebibytes']:.0f}",
         ]
-        print(*rows[f"`{config}`"], flush=True)
+        print(name, *rows[name], flush=True)
     header = [
         "config",
         "environment steps",
@@ -86,8 +85,8 @@ def main() -> None:
         "CPU minutes of training",
         "peak memory, MiB",
     ]
-    in_folders = sorted(rows.values(), key=lambda cells: (cells[0].count("/"), cells[0]))
-    marked.write("costs", marked.table(header, in_folders), COSTS)
+    names = sorted(rows, key=lambda name: (name.count("/"), name))
+    marked.write("costs", marked.table(header, ([name, *rows[name]] for name in names)), COSTS)
 
 
 if __name__ == "__main__":
