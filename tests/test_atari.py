@@ -19,6 +19,7 @@ from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
 from lightning_distill.nature import encoder_from, make_critic, make_encoder
 from lightning_distill.pictures import draw_pairs
+from lightning_distill.step_rules import STEP_RULES
 from lightning_distill.teaching import with_line_search
 
 SPEC = EnvSpec("ALE/Pong-v5", (4, 84, 84), "discrete", 6, observation_dtype="uint8")
@@ -336,6 +337,24 @@ def test_evaluation_does_not_depend_on_the_precision_of_training():
     expected = evaluate(dataset, **options).returns
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(evaluate(dataset, **options).returns, expected)
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("rule", STEP_RULES)
+def test_every_step_rule_works_in_mixed_precision(rule, level):
+    """In bfloat16 learners end near where single precision puts them, and the gradient still reaches the pairs."""
+    learning = module(level, step_rule=rule)
+    learning.draw()
+    frames = torch.rand(2, 3, 4, 84, 84)
+
+    def outputs(enabled):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return learning.family.forward(learning.policy_params(), learning.encoder(frames)).float()
+
+    exact, rounded = outputs(False).detach(), outputs(True)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+    rounded.square().sum().backward()
+    assert learning.synthetic_batch.observations.grad.abs().sum() > 0
 
 
 # --- seeing ----------------------------------------------------------------------------------------------------------
