@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dataset import normalise
 from .envs import make_env, stream_seed
@@ -58,9 +58,11 @@ class Imitation(MetaPPO):
         self._noise_share: Tensor | None = None
         bounds = torch.tensor([self.spec.action_low, self.spec.action_high])  # [2, d]; nothing if actions are discrete
         self.register_buffer("_bounds", bounds, persistent=False)
-        self.actor.noise.log_std_min = -math.inf  # the expert's noise is kept, however small
         if self.start is None:
             self._fix_normaliser(self._expert.mean, self._expert.std)
+
+    def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
+        return super().make_actor(log_std, -math.inf)  # noise is the expert's or the start's, however small
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

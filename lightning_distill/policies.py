@@ -71,12 +71,11 @@ class ActionNoise(nn.Module):
 
     @torch.no_grad()
     def begin_with(self, log_std: Tensor) -> None:
-        """Take a log standard deviation [d] in the environment's units as what is learned so far.
+        """Take a log standard deviation [d] in the environment's units as what is learned so far, where it is above the minimum.
 
-        Where it is below the minimum, there is a lower minimum from now on.
+        A dataset's noise has been annealed: with it a run by reward would find nothing more.
         """
-        self.relative.copy_(log_std - self.log_half_range)
-        self.log_std_min = min(self.log_std_min, self.relative.min().item())
+        self.relative.copy_((log_std - self.log_half_range).clamp(min=self.log_std_min))
 
     def anneal(self, share: float) -> None:
         """From now on noise is this share, in (0, 1], of what is learned."""

@@ -57,6 +57,11 @@ def test_the_experts_noise_is_kept_however_small():
     module = Imitation(env_spec(dataset.env), expert="inverted_double_pendulum", pairs=8, log_std_min=-1.0)
     module._begin_with(torch.randn(20, *dataset.observation_shape))
     torch.testing.assert_close(module.log_std, dataset.log_std)
+    started = {"start": "inverted_double_pendulum", "pairs": 64}
+    module = Imitation(env_spec(dataset.env), expert="inverted_double_pendulum", **started)
+    torch.testing.assert_close(module.log_std, dataset.log_std)
+    module = MetaPPO(env_spec(dataset.env), log_std_min=-1.0, **started)  # by reward it has to explore
+    torch.testing.assert_close(module.log_std, torch.tensor([-1.0]))
 
 
 def test_the_expert_is_the_mean_of_learners_taught_on_its_dataset():
