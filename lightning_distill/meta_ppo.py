@@ -51,8 +51,8 @@ class MetaPPO(PPO):
         newton_ridge: initial λ of ``newton`` and ``projection``.
         target_kl, log_std, log_std_min, noise_rate, final_noise, noise_falls_from: as in :class:`lightning_distill.ppo.PPO`.
         encoded_pairs: with an encoder: the synthetic observations are its features rather than frames.
-        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise, normaliser and encoder the
-            run begins with; the normaliser stays as it is there but for what is learned. The critic begins anew. Of an
+        start: a dataset, by name in the zoo or by path, whose pairs, numbers of the step rule, noise (at least ``log_std_min``),
+            normaliser and encoder the run begins with; the normaliser stays as it is there but for what is learned. The critic begins anew. Of an
             encoder with more layers than ``encoder_level`` the first are taken, and the step size fits the learners that follow.
         kwargs: of :class:`lightning_distill.ppo.PPO`; there the actor is the synthetic batch.
     """
