@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -78,28 +79,38 @@ def line_search(learners: Learners, params: Params, observations: Tensor, target
     return params | {name: params[name] - _each(steps, gradient) * gradient for name, gradient in gradients.items()}
 
 
+def _in_full_precision(step: Step) -> Step:
+    """The step without autocast: a system rounded to half precision is another one, and polar factors lift what is rounded."""
+
+    @wraps(step)
+    def exact(learners: Learners, params: Params, observations: Tensor, *others: Tensor) -> Params:
+        dtype = next((value.dtype for value in params.values() if value.is_floating_point()), observations.dtype)
+        with torch.autocast(observations.device.type, enabled=False):
+            return step(learners, params, observations.to(dtype), *others)
+
+    return exact
+
+
+@_in_full_precision
 def newton(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
     """One damped Newton step of the last layer, on features centred over the pairs; other layers stay as they are."""
     features = learners.features(params, observations.expand(_learners(params), *observations.shape))
     features, targets, ridge = _wide(features), _wide(targets), _wide(ridge)
-    with torch.autocast(features.device.type, enabled=False):  # in half precision it would be another system
-        mean, target_mean = features.mean(1, keepdim=True), targets.mean(0)
-        centred = features - mean
-        # Of the two equal forms the one with the smaller system: pairs × pairs or features × features.
-        dual = centred.shape[1] <= centred.shape[2]
-        gram = centred @ centred.mT if dual else centred.mT @ centred
-        # Features that are all alike teach nothing: W = 0.
-        damping = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / centred.shape[1]
-        damping = damping.clamp(min=torch.finfo(gram.dtype).tiny)
-        gram = gram + torch.diag_embed(damping.expand(gram.shape[:-1]))
-        wanted = (targets - target_mean).expand(len(gram), *targets.shape)
-        weight = (
-            centred.mT @ torch.linalg.solve(gram, wanted) if dual else torch.linalg.solve(gram, centred.mT @ wanted)
-        )
-        bias = target_mean - mean @ weight
-    return learners.with_output_layer(params, weight, bias)
+    mean, target_mean = features.mean(1, keepdim=True), targets.mean(0)
+    centred = features - mean
+    # Of the two equal forms the one with the smaller system: pairs × pairs or features × features.
+    dual = centred.shape[1] <= centred.shape[2]
+    gram = centred @ centred.mT if dual else centred.mT @ centred
+    # Features that are all alike teach nothing: W = 0.
+    damping = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / centred.shape[1]
+    damping = damping.clamp(min=torch.finfo(gram.dtype).tiny)
+    gram = gram + torch.diag_embed(damping.expand(gram.shape[:-1]))
+    wanted = (targets - target_mean).expand(len(gram), *targets.shape)
+    weight = centred.mT @ torch.linalg.solve(gram, wanted) if dual else torch.linalg.solve(gram, centred.mT @ wanted)
+    return learners.with_output_layer(params, weight, target_mean - mean @ weight)
 
 
+@_in_full_precision
 def projection(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
     """One step of all layers but the last along their gradients' polar factors, before and after which the last is where
     ``newton`` puts it.
@@ -107,29 +118,24 @@ def projection(learners: Learners, params: Params, observations: Tensor, targets
     Each learner's step is lengthened until its loss rises (forward tracking). Not the least loss of all: far beyond the first
     minimum attention fits few pairs again, by features that know nothing else.
     """
-    dtype = next(value.dtype for value in params.values() if value.is_floating_point())
-    observations = observations.to(dtype)
-    with torch.autocast(observations.device.type, enabled=False):  # polar factors lift what half precision rounds
-        solved = newton(learners, params, observations, targets, ridge)
-        others = [name for name in _trainable(params) if solved[name] is params[name]]
-        gradients = _gradients(learners, solved, observations, targets, others)
-        if not gradients:  # a linear learner has no other layer
-            return solved
-        directions = {name: _polar_factor(gradient) for name, gradient in gradients.items()}
-        sizes = {name: _size(params[name]) for name in gradients}
+    solved = newton(learners, params, observations, targets, ridge)
+    others = [name for name in _trainable(params) if solved[name] is params[name]]
+    gradients = _gradients(learners, solved, observations, targets, others)
+    if not gradients:  # a linear learner has no other layer
+        return solved
+    directions = {name: _polar_factor(gradient) for name, gradient in gradients.items()}
+    sizes = {name: _size(params[name]) for name in gradients}
 
-        def after(length: Tensor) -> Params:
-            moved = {
-                name: params[name] - _each(length * sizes[name], along) * along for name, along in directions.items()
-            }
-            return newton(learners, params | moved, observations, targets, ridge)
+    def after(length: Tensor) -> Params:
+        moved = {name: params[name] - _each(length * sizes[name], along) * along for name, along in directions.items()}
+        return newton(learners, params | moved, observations, targets, ridge)
 
-        lengths = ridge.new_tensor(LENGTHS)
-        with torch.no_grad():
-            losses = torch.stack([_losses(learners, after(length), observations, targets) for length in lengths])
-            losses = losses.nan_to_num(nan=torch.inf)
-            rises = torch.cat([losses[1:] >= losses[:-1], torch.ones_like(losses[:1], dtype=torch.bool)])
-        return after(lengths[rises.int().argmax(0)])
+    lengths = ridge.new_tensor(LENGTHS)
+    with torch.no_grad():
+        losses = torch.stack([_losses(learners, after(length), observations, targets) for length in lengths])
+        losses = losses.nan_to_num(nan=torch.inf)
+        rises = torch.cat([losses[1:] >= losses[:-1], torch.ones_like(losses[:1], dtype=torch.bool)])
+    return after(lengths[rises.int().argmax(0)])
 
 
 #: In the order of how little they ask of a learner; the first is the plain step.
