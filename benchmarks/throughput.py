@@ -2,14 +2,18 @@
 
     python benchmarks/throughput.py HalfCheetah-v5
     python benchmarks/throughput.py CartPole-v1 --num_envs 256 --rollout_length 100 --pairs 2
+    python benchmarks/throughput.py ALE/Breakout-v5 --num_envs 16 --rollout_length 64 --pairs 3 --learners 4 \
+        --encoder_level 4 --precision bf16-mixed --accelerator gpu
 
 The three alternate within one process, so that a change of the machine's speed meets all of them. Medians over iterations
-are printed; ratios are of neighbours in time, with their quartiles.
+are printed; ratios are of neighbours in time, with their quartiles. Memory is the peak of the device's tensors on a GPU, of
+the whole process on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from typing import Any
 
@@ -36,7 +40,9 @@ class Throughput(L.Callback):
         if self.ended is not None:
             self.seconds["collect"].append(self.began - self.ended)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds["update"].append(time.perf_counter() - self.began)
         self.seconds["bare"].append(self._bare())
         self.ended = time.perf_counter()
@@ -68,7 +74,13 @@ def main() -> None:
     parser.add_argument("--rollout_length", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--learners", type=int, default=8)
+    parser.add_argument("--encoder_level", type=int, default=0, help="Atari's")
+    parser.add_argument("--threads", type=int, help="simulator threads; default: one per core")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--precision", default="32-true")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # as the command line does
@@ -80,16 +92,27 @@ def main() -> None:
         num_envs=args.num_envs,
         rollout_length=args.rollout_length,
         backend=args.backend,
+        threads=args.threads,
     )
-    model = MetaPPO(data.spec, args.pairs, epochs=args.epochs)
+    model = MetaPPO(
+        data.spec,
+        args.pairs,
+        learners=args.learners,
+        family="nature" if data.spec.frames else "paper",
+        encoder_level=args.encoder_level,
+        epochs=args.epochs,
+        minibatches=args.minibatches,
+    )
     timer = Throughput(data)
-    train(model, data, timer)
+    train(model, data, timer, accelerator=args.accelerator, precision=args.precision)
 
     bare, collect, update = map(torch.tensor, timer.seconds.values())
     # Of each iteration but the first two: the bare simulator's steps before it, its collection, its update.
     bare, collect, update = bare[1:-1], collect[1:], update[2:]
+    on_gpu = args.accelerator != "cpu" and torch.cuda.is_available()
     print(
-        f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {args.epochs} epochs, {data.threads} threads"
+        f"{args.env}, {args.num_envs} environments × {args.rollout_length} steps, {args.epochs} epochs, {data.threads} threads, "
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}"
     )
     for name, seconds in {
         "bare simulator, random actions": bare,
@@ -99,8 +122,10 @@ def main() -> None:
         speed, share = frames / seconds, bare / seconds
         low, high = share.quantile(torch.tensor([0.25, 0.75])).tolist()
         print(f"  {name:31} {speed.median():>12,.0f} steps/s  {share.median():4.0%} ({low:.0%} … {high:.0%})")
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     updates = model.learners * model.epochs * model.minibatches / update
     print(f"  {'learner updates':31} {updates.median():>12,.0f} /s")
+    print(f"  {'peak memory':31} {memory / 2**30:>12.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ class Dashboard(L.Callback):
             _log_dataset(run, dataset, ["best-by-validation"])
 
     def on_test_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
-        import wandb
-
         run = _wandb_run(trainer)
         if run is None:
             return
+        import wandb
+
         columns = ["family", "actions", "mean", "ci95", "std", "iqm", "worst", "learners", "episodes"]
         rows = [
             [family, kind, *(entry.as_dict()[name] for name in columns[2:])]
