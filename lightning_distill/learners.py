@@ -318,9 +318,8 @@ class StackedModules(Learners):
         # Whatever else may happen between that layer and the outputs shows when it is another layer.
         self._output_layer = name
         features = self._run(partial(_inputs, self.module, name), params, observations)
-        layer = self.module.get_submodule(name)
-        weight, bias = (torch.arange(1, p.numel() + 1).to(p).view(p.shape).cos() for p in (layer.weight, layer.bias))
-        weight, bias = weight.mT[None], bias[None, None]
+        weight, bias = (torch.arange(1, p.numel() + 1).to(p).view(p.shape).cos() for p in (params[w] for w in weights))
+        weight, bias = weight.mT, bias[:, None]
         changed = self.with_output_layer(params, weight, bias)
         expected = features @ weight + bias if features.shape[:2] == outputs.shape[:2] else outputs.new_empty(0)
         found = self.forward(changed, observations)

@@ -75,7 +75,7 @@ class ActionNoise(nn.Module):
 
         A dataset's noise has been annealed: with it a run by reward would find nothing more.
         """
-        self.relative.copy_((log_std - self.log_half_range).clamp(min=self.log_std_min))
+        self.relative.copy_((log_std.to(self.relative.device) - self.log_half_range).clamp(min=self.log_std_min))
 
     def anneal(self, share: float) -> None:
         """From now on noise is this share, in (0, 1], of what is learned."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_distill import NatureCNN, evaluate, load, teach
+from lightning_distill import NatureCNN, evaluate, load, teach, teach_many
 from lightning_distill.cli import main
+from lightning_distill.families import FAMILIES
 from lightning_distill.teaching import with_encoder_level
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -68,6 +69,13 @@ def test_a_step_is_what_it_is_on_a_cpu(name, rule):
     torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_any_module_is_taught_here(name):
+    torch.manual_seed(0)
+    taught = teach_many(FAMILIES[name], load("halfcheetah"), 3, device="cuda")
+    assert taught.output(torch.randn(3, 8, 17, device="cuda")).isfinite().all()
+
+
 def test_frames_teach_as_on_a_cpu():
     torch.manual_seed(0)
     dataset = with_encoder_level(load("centipede_l2"), 0, NatureCNN())
@@ -86,7 +94,11 @@ def test_frames_teach_as_on_a_cpu():
         ("cartpole_2d.yaml", 256, ["--model.step_rule=line_search"]),
         ("halfcheetah.yaml", 256, ["--data.backend=gymnasium"]),
         ("general/halfcheetah.yaml", 512, ["--data.num_envs=16", "--data.backend=gymnasium"]),
-        ("steady/halfcheetah.yaml", 512, ["--model.expert=halfcheetah_plain", "--data.num_envs=16", "--data.backend=gymnasium"]),
+        (
+            "steady/halfcheetah.yaml",
+            512,
+            ["--model.expert=halfcheetah_plain", "--data.num_envs=16", "--data.backend=gymnasium"],
+        ),
         ("atari/pong.yaml", 256, [*GAME, "--model.encoder_level=0"]),
         ("atari/pong.yaml", 256, [*GAME, "--model.encoder_level=2", "--model.start=pong_l4"]),
         ("atari/pong.yaml", 256, [*GAME, "--model.encoder_level=4", "--trainer.precision=32-true"]),

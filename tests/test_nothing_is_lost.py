@@ -344,3 +344,14 @@ def test_a_dataset_of_broken_numbers_is_never_written(tmp_path):
         module.synthetic_batch.targets.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         module.distilled()
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_run_without_validation_keeps_its_end(here, tested):
+    """There is no best one to choose."""
+    fit("--data.env_steps=1280", "--trainer.limit_val_batches=0", f"--trainer.limit_test_batches={float(tested)}")
+    (run,) = (path.parent for path in here.rglob("metrics.csv"))
+    assert env_steps(run / "checkpoints" / "last.ckpt") == env_steps(run / "checkpoints" / "best.ckpt") == 1280
+    dataset = load(run / "distilled.safetensors")
+    assert dataset.metadata["env_steps"] == 1280
+    assert bool(dataset.metadata["returns"]) == tested

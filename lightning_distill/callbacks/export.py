@@ -52,6 +52,11 @@ class ExportDataset(L.Callback):
             self.best_return = mean
             self._write(trainer, pl_module, "distilled.safetensors")
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        if not trainer.enable_validation:
+            self._write(trainer, pl_module, "last.safetensors")
+            self._write(trainer, pl_module, "distilled.safetensors")
+
     def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         self._write(trainer, pl_module, "distilled.safetensors")
 
