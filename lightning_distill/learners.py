@@ -29,8 +29,37 @@ FIXED = "fixed:"
 #: Ends, in the names of ``Params``, the name of a group: learners of one architecture beside those of others.
 GROUP = "|"
 
+
+def tanh(inputs: Tensor) -> Tensor:
+    """tanh; in single precision on a CPU by the logistic function, 2 σ(2x) − 1, to 2·10⁻⁷: a quarter of the time of ``torch.tanh``.
+
+    That is MKL's, which is slow on other makers' processors, and was a quarter of all updates.
+    """
+    if inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+        return torch.tanh(inputs)
+    return _LogisticTanh.apply(inputs) if torch.is_grad_enabled() else _LogisticTanh.forward(inputs)
+
+
+class _LogisticTanh(torch.autograd.Function):
+    """With the derivative of tanh: that of the expression itself is four operations instead of one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs.mul(2).sigmoid_().mul_(2).sub_(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.tanh_backward(gradient, *ctx.saved_tensors)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
+    "tanh": tanh,
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,

@@ -26,7 +26,7 @@ from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
-from .learners import FIXED, LearnerFamily, Params
+from .learners import FIXED, LearnerFamily, Params, tanh
 from .nature import LEVELS, make_critic, make_encoder, scaled
 from .normalise import FrameScale, RunningMoments
 from .objectives import (
@@ -600,12 +600,19 @@ class PolicyWeights(nn.Module):
         return dict(zip(self.names, self.weights, strict=True))
 
 
+class Tanh(nn.Module):
+    """As a layer, :func:`lightning_distill.learners.tanh`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return tanh(inputs)
+
+
 def _critic(spec: EnvSpec) -> nn.Sequential:
     """State value: MLP 64-64 tanh on normalised observations, orthogonal (gain √2, output 1)."""
     sizes = [torch.Size(spec.observation_shape).numel(), 64, 64]
     layers: list[nn.Module] = [nn.Flatten(start_dim=-len(spec.observation_shape))]
     for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+        layers += [nn.Linear(fan_in, fan_out), Tanh()]
     layers.append(nn.Linear(sizes[-1], 1))
     for layer in layers:
         if isinstance(layer, nn.Linear):

@@ -13,7 +13,7 @@ from handmade import make_dataset
 from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
-from lightning_distill.learners import FIXED
+from lightning_distill.learners import FIXED, tanh
 from lightning_distill.step_rules import sgd
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -518,3 +518,17 @@ def test_a_policy_is_an_ordinary_module(tmp_path):
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert torch.equal(whole(observation), policy(observation))
     torch.testing.assert_close(policy.double()(observation), whole(observation), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_is_tanh(dtype):
+    """By the logistic function in single precision: values, and derivatives of first and second order."""
+    inputs = torch.linspace(-12, 12, 4001, dtype=dtype).requires_grad_()
+    for order in range(3):
+        found, wanted = tanh(inputs), torch.tanh(inputs)
+        for _ in range(order):
+            (found,) = torch.autograd.grad(found.sum(), inputs, create_graph=True)
+            (wanted,) = torch.autograd.grad(wanted.sum(), inputs, create_graph=True)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    many = torch.randn(3, 50, dtype=dtype)
+    torch.testing.assert_close(torch.func.vmap(tanh)(many), torch.tanh(many), rtol=0, atol=1e-6)
