@@ -283,7 +283,9 @@ def _action_names(dataset: DistilledDataset) -> list[str]:
     from .envs import ConfigError, _gymnasium_env
 
     try:
-        made = _gymnasium_env(dataset.env, dataset.env_kwargs)
+        # Of what our own simulator can be told this alone changes the actions; Gymnasium's game does not know the rest.
+        options = {name: value for name, value in dataset.env_kwargs.items() if name == "full_action_space"}
+        made = _gymnasium_env(dataset.env, options)
     except ConfigError:
         return numbers
     names = made.unwrapped.get_action_meanings()

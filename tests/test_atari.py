@@ -18,7 +18,7 @@ from lightning_distill.families import family_named
 from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
 from lightning_distill.nature import encoder_from, make_critic, make_encoder
-from lightning_distill.pictures import draw_pairs
+from lightning_distill.pictures import _action_names, draw_pairs
 from lightning_distill.step_rules import STEP_RULES
 from lightning_distill.teaching import with_line_search
 
@@ -307,6 +307,13 @@ def test_the_export_keeps_the_family_and_draws_the_pairs(tmp_path):
     for name, made in (("frames", dataset), ("features", module(2, encoded_pairs=True).distilled())):
         with Image.open(draw_pairs(made, tmp_path / f"{name}.png")) as picture:
             assert picture.width > 1000
+
+
+@pytest.mark.parametrize(("full", "names"), [(False, "NOOP FIRE RIGHT LEFT"), (True, "NOOP FIRE UP RIGHT LEFT")])
+def test_pictures_name_actions_as_the_game_does(full, names):
+    spec = env_spec("ALE/Breakout-v5", {"full_action_space": full, "reward_clipping": False})
+    dataset = MetaPPO(spec, pairs=2, learners=1, family="nature", encoder_level=4).distilled()
+    assert _action_names(dataset)[: len(names.split())] == names.split()
 
 
 def test_encoders_that_are_none_are_refused():
