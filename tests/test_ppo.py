@@ -20,7 +20,7 @@ def adam(parameters):
 @pytest.fixture(scope="module")
 def cart_pole():
     """A policy for cart-pole after a few seconds."""
-    data = {"env_steps": 80_000, "num_envs": 32, "rollout_length": 64}
+    data = {"env_steps": 120_000, "num_envs": 32, "rollout_length": 64}
     options = {"epochs": 4, "minibatches": 4, "optimizer": adam, "critic_optimizer": adam}
     return small_run(model=PPO, data=data, **options)
 
