@@ -74,10 +74,8 @@ def main() -> None:
     parser.add_argument("--rollout_length", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--minibatches", type=int, default=4)
     parser.add_argument("--learners", type=int, default=8)
     parser.add_argument("--encoder_level", type=int, default=0, help="Atari's")
-    parser.add_argument("--threads", type=int, help="simulator threads; default: one per core")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true")
@@ -92,7 +90,6 @@ def main() -> None:
         num_envs=args.num_envs,
         rollout_length=args.rollout_length,
         backend=args.backend,
-        threads=args.threads,
     )
     model = MetaPPO(
         data.spec,
@@ -101,7 +98,6 @@ def main() -> None:
         family="nature" if data.spec.frames else "paper",
         encoder_level=args.encoder_level,
         epochs=args.epochs,
-        minibatches=args.minibatches,
     )
     timer = Throughput(data)
     train(model, data, timer, accelerator=args.accelerator, precision=args.precision)
