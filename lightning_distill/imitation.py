@@ -75,9 +75,8 @@ class Imitation(MetaPPO):
         self.env_steps += len(observations)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
         expert, batch = self._expert, self.synthetic_batch
-        chosen = (
-            observations[torch.randint(len(observations), (batch.pairs,), generator=generator)].float().to(self.device)
-        )
+        rows = torch.randint(len(observations), (batch.pairs,), generator=generator)
+        chosen = observations[rows].to(self.device, torch.float32)
         seen = normalise(chosen, *self.running_normaliser(), OBSERVATION_CLIP)
         batch.observations.copy_(self.encoder(seen) if self.encoded_pairs else seen)
         batch.targets.copy_(expert.output(chosen))
