@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "RESULTS.md"
+EXPERIMENTS = RESULTS.parent / "docs" / "experiments.md"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

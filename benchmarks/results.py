@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -21,6 +22,9 @@ from lightning_distill.dataset import load, zoo
 RECORDS = Path(__file__).parent / "records"
 CURVES = Path(__file__).parents[1] / "docs" / "learning_curves.png"
 COLUMNS = 4
+SUITES = ("cartpole", "mujoco", "games")
+#: In characters: what is longer stands below the table.
+LONGEST_COMMAND = 80
 
 
 def zoo_table() -> str:
@@ -45,7 +49,15 @@ def zoo_table() -> str:
             ]
         )
     header = ("dataset", "environment", "pairs", "step rule", "steps", "seed", "sampled", "worst", "greedy")
-    return marked.table([*header, "plain step, sampled", "command"], rows)
+    return with_commands([*header, "plain step, sampled", "command"], rows)
+
+
+def with_commands(header: Sequence[str], rows: Sequence[list[Any]]) -> str:
+    """A table whose last column is the command: a long one is a number there, and stands below the table."""
+    long = list(dict.fromkeys(row[-1] for row in rows if len(row[-1]) > LONGEST_COMMAND))
+    cells = [[*row[:-1], f"({long.index(row[-1]) + 1})" if row[-1] in long else row[-1]] for row in rows]
+    notes = [f"{number}. {command}" for number, command in enumerate(long, 1)]
+    return "\n".join([marked.table(header, cells), "", *notes])
 
 
 @cache
@@ -59,48 +71,63 @@ def records() -> dict[tuple[str, str], list[dict[str, Any]]]:
     return {key: sorted(group, key=lambda record: record["seed"]) for key, group in groups}
 
 
-def suite_table() -> str:
-    groups = records()
+def suite_of(env: str) -> str:
+    return "games" if env.startswith("ALE/") else "cartpole" if env.startswith("CartPole") else "mujoco"
+
+
+def suite_table(suite: str) -> str:
     theirs = {}
     for record in authors.records():  # the last of an environment has the most pairs
         theirs[record["env"]] = record["returns"]["sampled"]["mean"]
     rows = []
-    for (command, method), group in groups.items():
+    for (command, method), group in records().items():
         first, sampled = group[0], [record["returns"]["sampled"] for record in group]
+        if suite_of(first["env"]) != suite:
+            continue
         rows.append(
             [
                 first["env"],
                 what(method, first),
                 f"{first['env_steps'] / 1e6:.2f} M",
                 f"{mean(record['minutes'] for record in group):.1f}",
-                ", ".join(f"{entry['mean']:.0f} ± {entry['ci95']:.0f}" for entry in sampled),
-                f"{mean(entry['mean'] for entry in sampled):.0f}",
-                f"{min(entry['worst'] for entry in sampled):.0f}" if "worst" in sampled[0] else "",
-                f"{mean(record['returns']['greedy']['mean'] for record in group):.0f}",
+                ", ".join(f"{shown(entry['mean'])} ± {entry['ci95']:.{decimals(entry['mean'])}f}" for entry in sampled),
+                shown(mean(entry["mean"] for entry in sampled)),
+                shown(min(entry["worst"] for entry in sampled)) if "worst" in sampled[0] else "",
+                shown(mean(record["returns"]["greedy"]["mean"] for record in group)),
                 "" if method == "PPO" else of_environment(first["env"], ppo_returns(first["env_steps"])),
                 "" if method == "PPO" else of_environment(first["env"], theirs),
                 f"`{command}`",
             ]
         )
     header = ("environment", "what", "steps", "minutes", "sampled, by seed", "mean", "worst learner", "greedy", "PPO")
-    return marked.table([*header, "authors'", "command"], rows)
+    return with_commands([*header, "authors'", "command"], rows)
+
+
+def decimals(number: float) -> int:
+    """Of a return: of small ones one counts."""
+    return 0 if abs(number) >= 100 else 1
+
+
+def shown(number: float) -> str:
+    return f"{number:.{decimals(number)}f}"
 
 
 def what(method: str, record: dict[str, Any]) -> str:
     """What a row is of: pairs and method, and learners that are not the paper's."""
     named = "PPO" if method == "PPO" else f"{record['pairs']} pairs{', by imitation' * (method == 'Imitation')}"
-    return named if family(record) == "paper" else f"{named}, {family(record)}"
+    return named if is_usual(record) else f"{named}, {record['family']}"
 
 
-def family(record: dict[str, Any]) -> str:
-    return record.get("family", "paper")  # not kept by the first records
+def is_usual(record: dict[str, Any]) -> bool:
+    """Whether its learners are the paper's: what the first records, which do not say, are of."""
+    return record.get("family", "paper") in ("paper", "nature")
 
 
 def ppo_returns(steps: int) -> dict[str, float]:
     """Mean return of direct PPO by environment, over its runs of about so many steps: the nearest number that there is."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (_, method), group in records().items():
-        if method == "PPO" and family(group[0]) == "paper":
+        if method == "PPO" and is_usual(group[0]):
             for record in group:
                 found[record["env"]][record["env_steps"]].append(record["returns"]["sampled"]["mean"])
     return {env: mean(runs[min(runs, key=lambda made: abs(made - steps))]) for env, runs in found.items()}
@@ -109,10 +136,15 @@ def ppo_returns(steps: int) -> dict[str, float]:
 def of_environment(env: str, returns: dict[str, float]) -> str:
     """The return of an environment; where there is none, that of another version of it, which is then named."""
     if env in returns:
-        return f"{returns[env]:.0f}"
+        return shown(returns[env])
     name = env.rpartition("-")[0]
     other = next((known for known in returns if known.rpartition("-")[0] == name), None)
-    return "" if other is None else f"{returns[other]:.0f} ({other.rpartition('-')[2]})"
+    return "" if other is None else f"{shown(returns[other])} ({other.rpartition('-')[2]})"
+
+
+def tables() -> dict[str, str]:
+    """The tables of RESULTS.md, by their marks."""
+    return {"zoo": zoo_table()} | {suite: suite_table(suite) for suite in SUITES}
 
 
 def draw_curves() -> None:
@@ -120,9 +152,9 @@ def draw_curves() -> None:
     from matplotlib.figure import Figure
 
     by_env: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    for (_, method), group in records().items():
-        # An imitation begins where another run ended; and one curve is of one family.
-        if method == "Imitation" or family(group[0]) != "paper":
+    for (command, method), group in records().items():
+        # These begin where another run ended; and one curve is of one family.
+        if method == "Imitation" or "model.start" in command or not is_usual(group[0]):
             continue
         for record in group:
             by_env[record["env"]][method].append(record["curve"])
@@ -144,8 +176,8 @@ def draw_curves() -> None:
 
 
 def main() -> None:
-    marked.write("zoo", zoo_table())
-    marked.write("suite", suite_table())
+    for name, content in tables().items():
+        marked.write(name, content)
     draw_curves()
 
 

@@ -1,4 +1,4 @@
-"""Which step of the hidden layers different learners want, by the rule ``projection``, and how long: a table of RESULTS.md.
+"""Which step of the hidden layers different learners want, by the rule ``projection``, and how long: a table of docs/experiments.md.
 
     python benchmarks/step_lengths.py walker2d
 
@@ -73,7 +73,7 @@ def main() -> None:
             cells.append(f"{error(on_pairs, dataset.targets):.2g} / {error(on_states, wanted):.2g}")
         rows.append([name.replace("_", " "), kind, *cells])
     heads = [f"κ = {LENGTHS[0]:g}", *(f"{length:g}" for length in LENGTHS[1:])]
-    marked.write("step lengths", marked.table(["family", "along", *heads], rows))
+    marked.write("step lengths", marked.table(["family", "along", *heads], rows), marked.EXPERIMENTS)
 
 
 if __name__ == "__main__":
