@@ -1,4 +1,4 @@
-"""The commands beside training: ``evaluate``, ``show``, ``watch``, ``list``, ``import``, ``search``.
+"""The commands beside training: ``evaluate``, ``show``, ``watch``, ``list``, ``import``, ``search``, ``pipeline``.
 
 Each is a function: its signature gives the options, its docstring the help. With ``--json`` it writes JSON alone on
 standard output. Bad input ends with exit code 2 and one line on standard error.
@@ -304,6 +304,27 @@ def search(
         print(f"none of {', '.join(str(trial.pairs) for trial in trials)} pairs reaches {level:.1f}")
 
 
+def pipeline(config: str, option: list[str] | None = None, output: str | None = None, json: bool = False) -> None:
+    """Runs one after another, each of which may begin with what an earlier one wrote; goes on where it stopped.
+
+    Args:
+        config: YAML file of stages, as in conf/pipelines.
+        option: more options of `lightning fit`, without their dashes, for every stage: seed_everything=2.
+        output: folder of the runs; default: runs/pipelines/ and the file's name.
+        json: write JSON; what the runs print then goes to standard error.
+    """
+    from .pipeline import run_pipeline
+
+    folder = Path(output or Path("runs", "pipelines", Path(config).stem))
+    options = [f"--{entry.removeprefix('--')}" for entry in option or []]
+    runs = run_pipeline(config, folder, options, sys.stderr if json else None)
+    if json:
+        _print_json({name: str(run) for name, run in runs.items()})
+        return
+    for name, run in runs.items():
+        print(f"{name}: {run}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "show": show,
@@ -311,6 +332,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_zoo,
     "import": import_file,
     "search": search,
+    "pipeline": pipeline,
 }
 SHORT = {"output": "-o"}
 

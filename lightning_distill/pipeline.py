@@ -1,0 +1,105 @@
+"""Pipelines: runs one after another, each of which may begin with what an earlier one wrote."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from .dataset import write_atomically
+from .envs import ConfigError
+
+
+def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: Any = None) -> dict[str, Path]:
+    """Carry out a pipeline, and go on with it where it stopped.
+
+    Args:
+        path: a YAML file of stages in their order, name → what ``lightning fit`` is given. In it ``${NAME}`` is the folder of an earlier
+            stage's run, with ``distilled.safetensors`` or, of direct RL, ``checkpoints/last.ckpt``.
+        folder: where runs go, those of a stage below ``folder / name``. A stage that finished with the same arguments is not run again;
+            one that was stopped goes on from its last checkpoint.
+        options: more options of ``lightning fit``, for every stage, such as ``--seed_everything=2``.
+        output: file for what the runs print; default: standard output.
+
+    Returns:
+        The folder of each stage's run.
+
+    Raises:
+        ConfigError: the file is no pipeline, a stage's arguments are not understood (all are tried before the first run), or a run
+            failed.
+    """
+    stages = _read(path)
+    places = {name: f"{folder / name}/VERSION" for name in stages}
+    for name, command in stages.items():
+        tried = _fit([*_arguments(command, places), *options, "--print_config"])
+        tried = subprocess.run(tried, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if tried.returncode:
+            said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
+            raise ConfigError(f"{path}: stage {name!r}: {' '.join(said[-3:])}")
+    finished: dict[str, Path] = {}
+    for name, command in stages.items():
+        arguments = [*_arguments(command, finished), *options]
+        finished[name] = _run(name, arguments, folder / name, output)
+    return finished
+
+
+def _read(path: str) -> dict[str, str]:
+    try:
+        stages = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"pipeline={path!r}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"pipeline={path!r}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(stages, dict) or not all(isinstance(command, str) for command in stages.values()):
+        raise ConfigError(f"pipeline={path!r}: allowed are lines NAME: OPTIONS of lightning fit")
+    known: list[str] = []
+    for name, command in stages.items():
+        try:
+            _arguments(command, dict.fromkeys(known, ""))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"pipeline={path!r}: stage {name!r} speaks of {error}; allowed are earlier stages: {', '.join(known) or 'none'}"
+            ) from None
+        known.append(name)
+    return stages
+
+
+def _arguments(command: str, folders: dict[str, Any]) -> list[str]:
+    return [Template(word).substitute(folders) for word in shlex.split(command)]
+
+
+def _fit(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
+
+
+def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
+    """The folder of a stage's finished run."""
+    record = root / "finished.json"
+    if record.is_file() and (last := json.loads(record.read_text()))["arguments"] == arguments:
+        return Path(last["folder"])
+    print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
+    process = subprocess.Popen(
+        _fit([*arguments, f"--trainer.default_root_dir={root}", "--ckpt_path=last"]), stdout=output
+    )
+    # Ctrl-C reaches the run, too, which saves and ends: to be waited for.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        failed = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if failed:
+        raise ConfigError(f"stage {name!r} ended with exit code {failed}; the same command goes on where it stopped")
+    checkpoints = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
+    run = checkpoints[-1].parents[1]
+    write_atomically(record, json.dumps({"arguments": arguments, "folder": str(run)}).encode())
+    return run

@@ -1,0 +1,84 @@
+"""Pipelines: real runs, kept short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_distill.cli import main
+from lightning_distill.dataset import load
+from lightning_distill.envs import ConfigError
+from lightning_distill.pipeline import run_pipeline
+
+ROOT = Path(__file__).parents[1]
+SHORT = "--data.num_envs=8 --data.rollout_length=32 --data.val_learners=2 --data.test_learners=2 --trainer.val_check_interval=1.0"
+STAGES = f"""\
+expert: {SHORT} --data.env=CartPole-v1 --data.env_steps=512 --model=PPO
+student: >-
+  {SHORT} --data.env=CartPole-v1 --data.env_steps=512 --model=lightning_distill.imitation.Imitation --model.pairs=3
+  --model.expert=${{expert}}/checkpoints/last.ckpt
+"""
+OPTIONS = ["trainer.enable_progress_bar=false", "report.pictures=false", "held_out.families=[]", "seed_everything=3"]
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(content):
+        path = tmp_path / "both.yaml"
+        path.write_text(content)
+        return str(path)
+
+    return write
+
+
+def test_a_stage_begins_with_what_the_one_before_wrote_and_is_not_run_twice(pipeline, capfd):
+    arguments = ["pipeline", pipeline(STAGES), "--json", "--option", *OPTIONS]
+    main(arguments)
+    runs = json.loads(capfd.readouterr().out)
+    assert list(runs) == ["expert", "student"]
+    dataset = load(Path(runs["student"]) / "distilled.safetensors")
+    assert dataset.pairs == 3
+    assert dataset.metadata["seed"] == 3
+    config = yaml.safe_load((Path(runs["student"]) / "config.yaml").read_text())
+    assert config["model"]["init_args"]["expert"] == f"{runs['expert']}/checkpoints/last.ckpt"
+    before = set(Path("runs").rglob("version_*"))
+    main(arguments)
+    assert json.loads(capfd.readouterr().out) == runs
+    assert set(Path("runs").rglob("version_*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "allowed are lines NAME: OPTIONS"),
+        ("a: {b: c}", "allowed are lines NAME: OPTIONS"),
+        ("a: [", "not YAML"),
+        (
+            "a: --model.start=${b}/x\nb: --data.env=CartPole-v1",
+            "stage 'a' speaks of 'b'; allowed are earlier stages: none",
+        ),
+        (f"a: --data.env=CartPole-v1\nb: {SHORT} --model.pears=3", r"stage 'b': .*pears"),
+    ],
+)
+def test_what_is_no_pipeline_is_named_before_anything_runs(pipeline, tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message):
+        run_pipeline(pipeline(content), tmp_path / "out")
+    assert not list(tmp_path.rglob("version_*"))
+
+
+def test_a_run_that_fails_is_named(pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="stage 'a' ended with exit code 2"):
+        run_pipeline(pipeline("a: --data.env=NoSuchEnv-v0"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_pipelines_speak_of_files_that_are_there(path):
+    stages = yaml.safe_load(path.read_text())
+    for command in stages.values():
+        config = command.partition("--config ")[2].split()[0]
+        assert (ROOT / config).is_file(), config
