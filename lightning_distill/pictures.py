@@ -58,24 +58,20 @@ def read_curves(metrics: Path) -> Curves:
     return curves
 
 
-def draw_learning_curve(metrics: Path, path: Path) -> Path:
-    """Return against environment steps, from a run's ``metrics.csv``: training, validation, held-out learners."""
-    curves = read_curves(metrics)
+def draw_learning_curve(curves: Curves, path: Path) -> Path:
+    """Return against environment steps, of a run's curves: training, validation, held-out learners."""
     names = [name for name in curves if name in ("return", "val/return")]
     names += sorted(name for name in curves if name.startswith("held_out/") and name.endswith("/return"))
-    points = {name: curves[name] for name in names}
     figure = _figure(7, 4)
     axes = figure.subplots()
     labels = {"return": "training (last 100 episodes)", "val/return": "validation"}
-    for name, line in points.items():
-        if line:
-            label = labels.get(name, "held out: " + name.removeprefix("held_out/").removesuffix("/return"))
-            axes.plot(*zip(*line, strict=True), marker="" if name == "return" else "o", markersize=3, label=label)
+    for name in names:
+        label = labels.get(name, "held out: " + name.removeprefix("held_out/").removesuffix("/return"))
+        axes.plot(*zip(*curves[name], strict=True), marker="" if name == "return" else "o", markersize=3, label=label)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("return")
     axes.grid(alpha=0.3)
-    if any(points.values()):
-        axes.legend(fontsize="small")
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return path
 

@@ -179,6 +179,7 @@ def test_direct_ppo_is_trained_validated_and_tested_by_the_same_commands(here, m
     for command, words in (("validate", "val/return"), ("test", "trained policy")):
         lightning(command, "--config", config, *QUICK, f"--ckpt_path={last}", monkeypatch=monkeypatch)
         assert words in capsys.readouterr().out
+    assert [path.parent for path in here.rglob("learning_curve.png")] == [run], "a test alone has no curve"
 
 
 def printed_config(capsys, monkeypatch, *args):

@@ -89,8 +89,10 @@ class RunReport(L.Callback):
         for csv_logger in (found for found in trainer.loggers if isinstance(found, CSVLogger)):
             csv_logger.save()
             if (metrics := Path(csv_logger.log_dir) / "metrics.csv").is_file():
-                draw_learning_curve(metrics, self.folder / "learning_curve.png")
-                curves = read_curves(metrics)
+                found = read_curves(metrics)
+                if "return" in found or "val/return" in found:  # a test alone has none
+                    curves = found
+                    draw_learning_curve(curves, self.folder / "learning_curve.png")
         config = self.folder / "config.yaml"
         write_report(
             self.folder / "report.html",
