@@ -454,10 +454,12 @@ class PPO(L.LightningModule):
             raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={self.spec.id!r}")
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
-        # A finished run goes on where data.env_steps was raised: its last batch was the last only then.
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-        if progress is not None:
-            progress["is_last_batch"] = False
+        # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
+        loop = checkpoint.get("loops", {}).get("fit_loop")
+        if loop is not None:
+            loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+            for count in loop["epoch_progress"].values():
+                count["processed"] = count["completed"]
 
     def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
         distributed = self.trainer.world_size > 1

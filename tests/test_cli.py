@@ -42,6 +42,11 @@ def refused(capsys, monkeypatch, *args):
     return capsys.readouterr().err
 
 
+def steps_logged(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]]
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -150,12 +155,18 @@ def test_a_run_goes_on_from_its_checkpoint_and_the_first_stays_whole(finished, m
     last = first / "checkpoints" / "last.ckpt"
     options = [*QUICK[1:], "--data.env_steps=16_000", f"--ckpt_path={last}"]
     lightning("fit", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
-    with (folder / "runs" / "CartPole-v1" / "version_1" / "metrics.csv").open(newline="") as file:
-        steps = [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]]
-    assert steps == [1600.0 * i for i in range(6, 11)]
+    assert steps_logged(folder / "runs" / "CartPole-v1" / "version_1") == [1600.0 * i for i in range(6, 11)]
     assert before == {path: path.read_bytes() for path in before}
     lightning("validate", "--config", CONF / "cartpole_1d.yaml", *QUICK, f"--ckpt_path={last}", monkeypatch=monkeypatch)
     assert "val/return" in capsys.readouterr().out
+
+
+def test_a_finished_run_with_one_validation_goes_on_for_longer(here, monkeypatch):
+    """Its last checkpoint is of the end of the epoch, which is over where ``data.env_steps`` is as before."""
+    for more in ([], ["--data.env_steps=16_000", "--ckpt_path=last"]):
+        options = [*QUICK, "--trainer.val_check_interval=1.0", *more]
+        lightning("fit", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
+    assert steps_logged(here / "runs" / "CartPole-v1" / "version_1") == [1600.0 * i for i in range(6, 11)]
 
 
 def test_checkpoint_of_another_environment_is_refused(finished, capsys, monkeypatch, here):
