@@ -56,7 +56,9 @@ def record(folder: Path, name: str, command: str) -> dict:
     if (folder / "distilled.safetensors").is_file():
         from lightning_distill.dataset import load
 
-        stated = load(folder / "distilled.safetensors").metadata["returns"]["in-distribution"]
+        dataset = load(folder / "distilled.safetensors")
+        found["pairs"] = dataset.pairs
+        stated = dataset.metadata["returns"]["in-distribution"]
         for kind, entry in returns.items():
             entry["worst"] = stated[kind]["worst"]
     return found

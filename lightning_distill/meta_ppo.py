@@ -6,6 +6,7 @@ back-propagated through that step into the batch.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -35,7 +36,7 @@ class MetaPPO(PPO):
 
     Args:
         spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
-        pairs: n, rows of the synthetic batch.
+        pairs: n, rows of the synthetic batch; default: the paper's c / 2 + 1, rounded up, for c discrete actions; 64 for continuous ones.
         learners: K, fresh learners in each rollout; divides the number of environments.
         lifetime: rollouts for which learners act before others take their place. They are re-taught all the while. A learner
             that acts longer comes to the states that its own behaviour leads to, where it may fail.
@@ -60,7 +61,7 @@ class MetaPPO(PPO):
     def __init__(
         self,
         spec: dict[str, Any],
-        pairs: PositiveInt = 64,
+        pairs: PositiveInt | None = None,
         learners: PositiveInt = 8,
         lifetime: PositiveInt = 8,
         observation_scale: PositiveFloat = 0.5,
@@ -81,7 +82,7 @@ class MetaPPO(PPO):
         **kwargs: Any,
     ) -> None:
         for name, value in (("pairs", pairs), ("learners", learners), ("lifetime", lifetime)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"model.{name}={value}: allowed are integers ≥ 1")
         if step_rule not in STEP_RULES:
             raise ConfigError(f"model.step_rule={step_rule!r}: allowed are {', '.join(STEP_RULES)}")
@@ -96,8 +97,8 @@ class MetaPPO(PPO):
             "line_search_scale": line_search_scale,
             "newton_ridge": newton_ridge,
         }
+        self._pairs = pairs
         self._initial = {
-            "pairs": pairs,
             "observation_scale": observation_scale,
             "target_scale": target_scale,
             "gain": observation_gain,
@@ -151,8 +152,9 @@ class MetaPPO(PPO):
         initial = self._numbers | {"learning_rate": self._numbers["learning_rate"] * self.spec.actions}
         numbers = {name: initial[name] for name in STEP_RULES[self.step_rule].numbers}
         shape = self.learner_shape if self.encoded_pairs else self.spec.observation_shape
+        pairs = self._pairs or (math.ceil(self.spec.actions / 2) + 1 if self.spec.action_type == "discrete" else 64)
         return SyntheticBatch(
-            self.spec, shape, numbers=numbers, **self._initial, log_std=log_std, log_std_min=log_std_min
+            self.spec, shape, pairs, numbers=numbers, **self._initial, log_std=log_std, log_std_min=log_std_min
         )
 
     def draw(self) -> None:

@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import probes  # noqa: F401  registers the probe environments
 import pytest
@@ -5,6 +7,7 @@ import torch
 from torchrl.envs.utils import check_env_specs
 
 from lightning_distill.envs import ConfigError, env_spec, make_env, stream_seed
+from lightning_distill.envs.vector import GymnasiumSimulator
 
 
 @pytest.mark.parametrize("backend", ["gymnasium", "envpool"])
@@ -92,9 +95,15 @@ WITHOUT_FORCES = {f"include_{part}_in_observation": False for part in ("cinert",
 @pytest.mark.parametrize(
     ("env", "kwargs", "positions", "absolute", "within"),
     [
-        ("HalfCheetah-v5", {}, 8, 1, 1e-4),
+        *[(f"HalfCheetah-v{version}", {}, 8, 1, 1e-4) for version in (4, 5)],
+        *[(f"Hopper-v{version}", {}, 5, 1, 1e-4) for version in (4, 5)],
+        *[(f"InvertedPendulum-v{version}", {}, 2, 0, 1e-4) for version in (4, 5)],
+        *[(f"Swimmer-v{version}", {}, 3, 2, 1e-4) for version in (4, 5)],
+        *[(f"Walker2d-v{version}", {}, 8, 1, 1e-4) for version in (4, 5)],
+        ("Ant-v4", {}, 13, 2, 1e-3),
         ("Ant-v5", {"include_cfrc_ext_in_observation": False}, 13, 2, 1e-3),
         ("Humanoid-v5", WITHOUT_FORCES, 22, 2, 1e-4),
+        ("HumanoidStandup-v5", WITHOUT_FORCES, 22, 2, 1e-4),
     ],
 )
 def test_faster_backend_has_the_same_physics(env, kwargs, positions, absolute, within):
@@ -118,6 +127,23 @@ def test_faster_backend_has_the_same_physics(env, kwargs, positions, absolute, w
         expected, expected_reward, *_ = slow.step(action[0])
         np.testing.assert_allclose(observation[0], expected, atol=within)
         np.testing.assert_allclose(reward[0], expected_reward, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs"), [("HalfCheetah-v5", {}), ("Ant-v5", {"include_cfrc_ext_in_observation": False})]
+)
+def test_without_the_faster_backend_gymnasium_simulates(env, kwargs, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "envpool" else find(name, *rest)
+    )
+    assert isinstance(make_env(env_spec(env, kwargs), 2, seed=0).simulator, GymnasiumSimulator)
+    with pytest.raises(ConfigError, match=r"data.backend=.envpool. cannot make"):
+        make_env(env_spec(env, kwargs), 2, seed=0, backend="envpool")
+
+
+def test_an_environment_that_the_faster_backend_rewards_otherwise_is_gymnasiums():
+    assert isinstance(make_env(env_spec("HumanoidStandup-v4"), 2, seed=0).simulator, GymnasiumSimulator)
 
 
 def test_finished_environments_restart_in_a_smaller_observation():

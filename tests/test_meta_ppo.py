@@ -241,6 +241,12 @@ def test_sizes_below_one_are_refused(argument, value):
         MetaPPO(SPECS["discrete"], **{argument: value})
 
 
+@pytest.mark.parametrize(("actions", "pairs"), [(2, 2), (9, 6), (18, 10)])
+def test_pairs_that_are_not_given_are_the_papers_minimum(actions, pairs):
+    assert MetaPPO(EnvSpec("Some-v0", (4,), "discrete", actions)).synthetic_batch.pairs == pairs
+    assert MetaPPO(SPECS["continuous"]).synthetic_batch.pairs == 64
+
+
 def preference(env, gamma=0.99, model=MetaPPO, iterations=40):
     """Probability of action 1 in the first state, of the policies at the end, per sign of the observation."""
     watch = Watch()

@@ -25,6 +25,9 @@ __all__ = ["Backend", "ConfigError", "EnvSpec", "env_spec", "make_env", "simulat
 
 Backend = Literal["auto", "gymnasium", "processes", "envpool"]
 
+#: What envpool makes with another reward than Gymnasium's: there without the cost of impacts.
+REWARDED_OTHERWISE = ("HumanoidStandup-v4",)
+
 #: Seeds of evaluation start here and never meet those of training, which end below.
 EVALUATION_SEEDS = 2**30
 
@@ -185,7 +188,7 @@ def _envpool_entries(spec: EnvSpec) -> np.ndarray | slice | None:
     import envpool
     import numpy as np
 
-    if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/"):
+    if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/") or spec.id in REWARDED_OTHERWISE:
         return None
     if not spec.kwargs:
         return slice(None)
