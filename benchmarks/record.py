@@ -3,7 +3,8 @@
     python benchmarks/record.py runs/Hopper-v5/version_0 hopper --command "lightning fit --config conf/hopper.yaml"
 
 Distillation and direct PPO alike; the name is that of the config. Nothing is typed: returns are those of the run's test,
-the curve is its validation, minutes are those between the first and the last update without evaluation.
+the curve is its validation, minutes are those between the first and the last update without evaluation. What the runs took that it began
+with is found in their folders, as its config names their files; of files that lie elsewhere say it by ``--before STEPS MINUTES``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ import yaml
 RECORDS = Path(__file__).parent / "records"
 
 
-def record(folder: Path, name: str, command: str) -> dict:
-    """What a run folder says: environment, method, pairs, family, seed, steps, minutes, returns of the test, validation curve."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+def spent(folder: Path) -> tuple[int, float, list]:
+    """Environment steps and minutes of a run, and its validation curve."""
     steps, curve, seconds, before = 0.0, [], 0.0, 0.0
-    for row in rows:
+    for row in logged(folder):
         if row.get("env_steps"):
             steps = float(row["env_steps"])
         if row.get("steps/s"):
@@ -32,7 +30,39 @@ def record(folder: Path, name: str, command: str) -> dict:
             before = steps
         if row.get("val/return"):
             curve.append([steps, float(row["val/return"])])
-    last = [row for row in rows if row.get("test/return_sampled")]
+    return int(steps), seconds / 60, curve
+
+
+def spent_before(folder: Path) -> tuple[int, float]:
+    """Environment steps and minutes of the runs whose files a run began with, and of those before them."""
+    arguments = settings(folder)["model"]["init_args"]
+    files = [Path(arguments[key]) for key in ("start", "expert") if arguments.get(key)]
+    steps, minutes = 0, 0.0
+    for run in {
+        next((parent for parent in file.parents if (parent / "metrics.csv").is_file()), file) for file in files
+    }:
+        if run in files:
+            raise SystemExit(f"{run}: not in the folder of its run: say by --before STEPS MINUTES what it took")
+        for taken in (spent(run)[:2], spent_before(run)):
+            steps, minutes = steps + taken[0], minutes + taken[1]
+    return steps, minutes
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def settings(folder: Path) -> dict:
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def record(folder: Path, name: str, command: str, before: tuple[int, float] | None = None) -> dict:
+    """What a run folder says: environment, method, pairs, family, seed, steps, minutes, returns of the test, validation curve."""
+    config = settings(folder)
+    steps, minutes, curve = spent(folder)
+    before = before or spent_before(folder)
+    last = [row for row in logged(folder) if row.get("test/return_sampled")]
     if not last:
         raise SystemExit(f"{folder}: the run was not tested")
     returns = {
@@ -47,8 +77,9 @@ def record(folder: Path, name: str, command: str) -> dict:
         "pairs": arguments.get("pairs"),
         "family": arguments["family"] if isinstance(arguments["family"], str) else arguments["family"]["class_path"],
         "seed": config["seed_everything"],
-        "env_steps": int(steps),
-        "minutes": round(seconds / 60, 2),
+        "env_steps": steps,
+        "minutes": round(minutes, 2),
+        "before": {"env_steps": int(before[0]), "minutes": round(before[1], 2)},
         "returns": returns,
         "curve": curve,
         "command": command,
@@ -69,8 +100,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("name")
     parser.add_argument("--command", required=True)
+    parser.add_argument("--before", nargs=2, type=float, metavar=("STEPS", "MINUTES"))
     args = parser.parse_args()
-    found = record(args.folder, args.name, args.command)
+    found = record(args.folder, args.name, args.command, args.before)
     path = RECORDS / f"{found['method']}-{args.name}-{found['env']}-seed{found['seed']}.json".replace("/", "_")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -88,19 +88,24 @@ def suite_table(suite: str) -> str:
             [
                 first["env"],
                 what(method, first),
-                f"{first['env_steps'] / 1e6:.2f} M",
-                f"{mean(record['minutes'] for record in group):.1f}",
+                f"{total(first, 'env_steps') / 1e6:.2f} M",
+                f"{mean(total(record, 'minutes') for record in group):.1f}",
                 ", ".join(f"{shown(entry['mean'])} ± {entry['ci95']:.{decimals(entry['mean'])}f}" for entry in sampled),
                 shown(mean(entry["mean"] for entry in sampled)),
                 shown(min(entry["worst"] for entry in sampled)) if "worst" in sampled[0] else "",
                 shown(mean(record["returns"]["greedy"]["mean"] for record in group)),
-                "" if method == "PPO" else of_environment(first["env"], ppo_returns(first["env_steps"])),
+                "" if method == "PPO" else of_environment(first["env"], ppo_returns(total(first, "env_steps"))),
                 "" if method == "PPO" else of_environment(first["env"], theirs),
                 f"`{command}`",
             ]
         )
     header = ("environment", "what", "steps", "minutes", "sampled, by seed", "mean", "worst learner", "greedy", "PPO")
     return with_commands([*header, "authors'", "command"], rows)
+
+
+def total(record: dict[str, Any], what: str) -> float:
+    """Environment steps or minutes of a run and of those that it began with."""
+    return record[what] + record.get("before", {}).get(what, 0)
 
 
 def decimals(number: float) -> int:
