@@ -22,6 +22,7 @@ install: $(VENV)/installed
 # Without envpool where there is no wheel of it: everything works, MuJoCo is simulated more slowly.
 $(VENV)/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed and not on the PATH (set PYTHON=...)"; exit 1; }
+	@echo "installing into $(VENV): some minutes, nothing is printed"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[test,fast]" || $(BIN)/python -m pip install --quiet -e ".[test]"

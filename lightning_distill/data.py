@@ -69,8 +69,12 @@ class CollectorDataModule(L.LightningDataModule):
         self._evaluators: dict[str, Evaluator] = {}
 
     def setup(self, stage: str) -> None:
-        learners = self.trainer.lightning_module.learners
-        if stage == "fit" and self.num_envs % (learners * self.collectors):
+        if stage == "fit":
+            self.check_learners(self.trainer.lightning_module.learners)
+
+    def check_learners(self, learners: int) -> None:
+        """Raise ``ConfigError`` unless every one of so many learners can act in as many environments."""
+        if self.num_envs % (learners * self.collectors):
             times = f" × data.collectors={self.collectors}" if self.collectors > 1 else ""
             raise ConfigError(
                 f"data.num_envs={self.num_envs}: allowed are multiples of model.learners={learners}{times}, "

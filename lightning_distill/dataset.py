@@ -6,10 +6,12 @@ Needs torch and safetensors alone; nothing in a file is ever executed.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -309,7 +311,9 @@ def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
     path = shipped.get(str(name_or_path), Path(name_or_path))
     try:
         if not path.exists():
-            raise DatasetError(f"no such file, and not in the zoo ({', '.join(shipped) or 'empty'})")
+            near = difflib.get_close_matches(str(name_or_path), shipped)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"which has {', '.join(shipped) or 'nothing'}"
+            raise DatasetError(f"no such file, and not in the zoo; {hint}")
         if not path.is_file():
             raise DatasetError("not a file")
         return _from_file(*_read(path))
@@ -328,7 +332,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Copies: the file is mapped into memory, and may be replaced or cut while the dataset is in use.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
     except Exception as error:  # which ones a broken file can provoke is the library's business
-        raise DatasetError(f"not a readable safetensors file ({error})") from None
+        why = "a checkpoint? A run's dataset is its distilled.safetensors" if zipfile.is_zipfile(path) else error
+        raise DatasetError(f"not a readable safetensors file ({why})") from None
 
 
 def _from_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> DistilledDataset:

@@ -143,6 +143,8 @@ class Evaluator:
                 raise ConfigError(f"{name}={value}: allowed are integers ≥ 1")
         if variation and backend not in ("auto", "gymnasium"):
             raise ConfigError(f"backend={backend!r} with a variation: allowed are auto, gymnasium")
+        if variation:
+            make_varied_env(spec, 1, 0, variation).close()  # what cannot be varied is named before anybody is taught
         self.spec, self.learners, self.episodes, self.device = spec, learners, episodes, torch.device(device)
         self.options = {"backend": backend, "threads": threads, "device": device}
         self.variation = variation

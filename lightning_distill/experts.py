@@ -41,8 +41,11 @@ class TaughtLearners(Expert):
     """The mean output of learners taught on a dataset: its name in the zoo, or a path."""
 
     def __init__(self, name: str, spec: EnvSpec) -> None:
-        dataset = load(name)
-        check_matches(dataset, spec)
+        try:
+            dataset = load(name)
+            check_matches(dataset, spec)
+        except ValueError as error:
+            raise ConfigError(f"model.expert={name!r}: {error}") from None
         self.mean, self.std, self.log_std = dataset.observation_mean, dataset.observation_std, dataset.log_std
         with keep_random_state(torch.device("cpu")):
             torch.manual_seed(0)

@@ -85,9 +85,7 @@ class Learners(ABC):
         Raises:
             UnfitLearner: the outputs are not those of a linear layer, or it is not known.
         """
-        raise UnfitLearner(
-            f"{type(self).__name__} does not say what its output layer is: teach it by sgd or line_search"
-        )
+        raise UnfitLearner(f"{type(self).__name__} does not say what its output layer is: teach it by step_rule='sgd'")
 
     def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
         """The same learners with another output layer: outputs = features @ weight [K, h, d] + bias [K, 1, d]."""
@@ -303,6 +301,8 @@ class StackedModules(Learners):
 
     def with_output_layer(self, params: Params, weight: Tensor, bias: Tensor) -> Params:
         names = (f"{self._output_layer}.weight".lstrip("."), f"{self._output_layer}.bias".lstrip("."))
+        if (own := params[names[0]].shape[1]) != weight.shape[2]:
+            raise UnfitLearner(f"module returns {own} outputs, expected {weight.shape[2]}")
         return params | {
             names[0]: weight.mT.to(params[names[0]].dtype),
             names[1]: bias[:, 0].to(params[names[1]].dtype),
@@ -335,7 +335,7 @@ class StackedModules(Learners):
         finally:
             for handle in handles:
                 handle.remove()
-        advice = "teach it by another rule (sgd, line_search), or end it with an nn.Linear of its own"
+        advice = "teach it by step_rule='sgd', or end it with an nn.Linear of its own"
         if not called:
             raise UnfitLearner(f"newton needs a last layer nn.Linear, which the module does not have: {advice}")
         name, weights = called[-1], [f"{called[-1]}.{kind}".lstrip(".") for kind in ("weight", "bias")]

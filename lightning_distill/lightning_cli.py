@@ -15,7 +15,6 @@ from argparse import SUPPRESS
 from importlib.resources import files
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,7 +26,7 @@ from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_c
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
-from .ppo import PPO
+from .ppo import PPO, check_env
 
 
 class DistillParser(LightningArgumentParser):
@@ -41,6 +40,9 @@ class DistillParser(LightningArgumentParser):
         model.add_class_arguments(MetaPPO, "model", skip={"spec"}, fail_untyped=False)
         about = "Options of MetaPPO, the model unless --model or a config names another:"
         return f"{super().format_help()}\n{about}\n\n{model.format_help()}"
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: a hundred options would hide the message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the parser's own, but without the types it tried in vain: what the chosen model class says comes first."""
@@ -76,7 +78,8 @@ class DistillCLI(LightningCLI):
         if chosen.ckpt_path == "last":
             chosen.ckpt_path = self._last_checkpoint(parser)
         if chosen.ckpt_path not in (None, "best", "hpc"):
-            AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path)  # before Lightning reads it, less carefully
+            # Before Lightning reads it, less carefully, and before loggers begin.
+            check_env(AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path), chosen.data.env)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -95,9 +98,6 @@ class DistillCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
         # Evaluations are gathered before they are logged: all processes log the same.
         warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
-        if "OMP_NUM_THREADS" not in os.environ:
-            # Learners are small: on CPUs a second thread gains 1.3× at best, and loses 10× where it shares its core.
-            torch.set_num_threads(1)
         root = self._get(self.config, "trainer").get("default_root_dir") or os.getcwd()
         try:
             os.makedirs(root, exist_ok=True)
@@ -122,11 +122,15 @@ class DistillCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # What a class says of its own arguments comes wrapped in what the parser tried: the cause says it plainly.
-            cause = next((line for line in str(error).splitlines() if "allowed" in line), None)
-            if cause is None:
+            # What a class says of its own arguments comes wrapped in what the parser tried: the innermost says it plainly.
+            plain = error
+            while isinstance(plain.__cause__, ValueError):
+                plain = plain.__cause__
+            if plain is error:
                 raise
-            raise ConfigError(cause.strip(" -")) from error
+            raise ConfigError(str(plain)) from error
+        if self.subcommand == "fit":
+            self.datamodule.check_learners(self.model.learners)  # before loggers begin
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         parser = self._parser(self.subcommand)

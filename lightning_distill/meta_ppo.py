@@ -116,10 +116,7 @@ class MetaPPO(PPO):
         )
 
     def _at_encoder_level(self, dataset: DistilledDataset) -> DistilledDataset:
-        try:
-            return with_encoder_level(dataset, self.encoder_level, self.family)
-        except ValueError as error:
-            raise ConfigError(f"model.start={self.start!r}: {error}") from None
+        return with_encoder_level(dataset, self.encoder_level, self.family)
 
     def _begin_actor_as(self, dataset: DistilledDataset) -> None:
         batch = self.synthetic_batch
@@ -127,15 +124,13 @@ class MetaPPO(PPO):
             begun = getattr(dataset, name)
             if begun.shape != parameter.shape:
                 raise ConfigError(
-                    f"model.start={self.start!r}: its {name} are {list(begun.shape)}, the synthetic batch's "
+                    f"its {name} are {list(begun.shape)}, the synthetic batch's "
                     f"{list(parameter.shape)}; allowed: as many pairs as model.pairs"
                 )
             parameter.copy_(begun)
         for name in batch.numbers:
             if (number := getattr(dataset, name)) is None:
-                raise ConfigError(
-                    f"model.start={self.start!r}: has no {name}, which model.step_rule={self.step_rule!r} needs"
-                )
+                raise ConfigError(f"has no {name}, which model.step_rule={self.step_rule!r} needs")
             batch.set_number(name, number)
         if not self.spec.frames:
             batch.log_gain.zero_()  # it is in the normaliser already

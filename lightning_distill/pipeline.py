@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -39,11 +41,8 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     stages = _read(path)
     places = {name: f"{folder / name}/VERSION" for name in stages}
     for name, command in stages.items():
-        tried = _fit([*_arguments(command, places), *options, "--print_config"])
-        tried = subprocess.run(tried, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if tried.returncode:
-            said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
-            raise ConfigError(f"{path}: stage {name!r}: {' '.join(said[-3:])}")
+        if problem := _problem([*_arguments(command, places), *options]):
+            raise ConfigError(f"{path}: stage {name!r}: {problem}")
     finished: dict[str, Path] = {}
     for name, command in stages.items():
         arguments = [*_arguments(command, finished), *options]
@@ -76,8 +75,17 @@ def _arguments(command: str, folders: dict[str, Any]) -> list[str]:
     return [Template(word).substitute(folders) for word in shlex.split(command)]
 
 
-def _fit(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
+def _problem(arguments: Sequence[str]) -> str | None:
+    """What ``lightning fit`` says of arguments that it does not understand."""
+    from .lightning_cli import run
+
+    said = io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(said):
+            run(["fit", *arguments, "--print_config"])
+    except SystemExit as ended:
+        return said.getvalue().strip().rpartition("error: ")[2] if ended.code else None
+    return None
 
 
 def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
@@ -86,9 +94,9 @@ def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     if record.is_file() and (last := json.loads(record.read_text()))["arguments"] == arguments:
         return Path(last["folder"])
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
-    process = subprocess.Popen(
-        _fit([*arguments, f"--trainer.default_root_dir={root}", "--ckpt_path=last"]), stdout=output
-    )
+    command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
+    command += [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]
+    process = subprocess.Popen(command, stdout=output)
     # Ctrl-C reaches the run, too, which saves and ends: to be waited for.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

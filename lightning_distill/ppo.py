@@ -47,6 +47,13 @@ EPISODES_LOGGED = 100
 VALUE_CHUNK = 2**24
 
 
+def check_env(checkpoint: dict[str, Any], env: str) -> None:
+    """Raise ``ConfigError`` unless a checkpoint is of this environment."""
+    saved = checkpoint.get("env")
+    if saved is not None and saved["id"] != env:
+        raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={env!r}")
+
+
 class LinearAnneal(LambdaLR):
     """From the optimiser's learning rate down to ``final`` times it over ``iterations``.
 
@@ -152,7 +159,10 @@ class PPO(L.LightningModule):
         self._running: Tensor | None = None
         self.start = start
         if start is not None:
-            self._begin_as(load(start))
+            try:
+                self._begin_as(load(start))
+            except ValueError as error:
+                raise ConfigError(f"model.start={start!r}: {error}") from None
 
     # --- acting -------------------------------------------------------------------------------------------------
 
@@ -449,9 +459,7 @@ class PPO(L.LightningModule):
         checkpoint["env"] = self.spec.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("env")
-        if saved is not None and saved["id"] != self.spec.id:
-            raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={self.spec.id!r}")
+        check_env(checkpoint, self.spec.id)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
         # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
@@ -529,8 +537,7 @@ class PPO(L.LightningModule):
         """A dataset whose encoder has as many layers as this run's, made of ``model.start``'s."""
         if dataset.encoder_level != self.encoder_level:
             raise ConfigError(
-                f"model.start={self.start!r}: of encoder level {dataset.encoder_level}; "
-                f"model.encoder_level={self.encoder_level} has to be the same"
+                f"of encoder level {dataset.encoder_level}; model.encoder_level={self.encoder_level} has to be the same"
             )
         return dataset
 

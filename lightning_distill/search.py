@@ -52,6 +52,8 @@ def smallest(
         raise ConfigError(f"pairs={list(pairs)}: allowed are one or more integers ≥ 1")
     if not 0 < share <= 1:
         raise ConfigError(f"share={share}: allowed are numbers above 0, up to 1")
+    if not Path(config).is_file():
+        raise ConfigError(f"config={config!r}: no such file")
     trials: dict[int, Trial] = {}
 
     def run(number: int) -> Trial:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .dataset import normalise
+from .dataset import load, normalise
 from .learners import (
     FIXED,
     Forward,
@@ -170,7 +170,7 @@ class StackedLearners(nn.Module):
 
 def teach(
     module: nn.Module,
-    dataset: DistilledDataset,
+    dataset: DistilledDataset | str,
     step_rule: str | None = None,
     *,
     in_place: bool = False,
@@ -186,7 +186,7 @@ def teach(
         module: maps normalised observations [B, *obs], or the features of the dataset's encoder ([B,
             *dataset.learner_shape]), to logits or action means [B, d]; any architecture, on any one device, of any
             floating dtype.
-        dataset: from :func:`lightning_distill.load`.
+        dataset: from :func:`lightning_distill.load`, or what that is given: a name in the zoo or a path.
         step_rule: ``sgd``, ``line_search``, ``newton`` or ``projection``, if the dataset has the numbers that it needs;
             default: the one that the dataset recommends.
         in_place: change the caller's module, and leave it in evaluation mode; by default a copy is taught.
@@ -197,6 +197,7 @@ def teach(
         ValueError: the module does not take the dataset's observations, does not return its number of outputs, or has
             nothing to teach; or the dataset does not go with the step rule, or the module does not (``UnfitLearner``).
     """
+    dataset = load(dataset) if isinstance(dataset, str) else dataset
     rule, numbers = _step_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
@@ -222,7 +223,7 @@ def teach(
 
 def teach_many(
     family: LearnerFamily | Sequence[nn.Module],
-    dataset: DistilledDataset,
+    dataset: DistilledDataset | str,
     learners: int | None = None,
     step_rule: str | None = None,
     *,
@@ -233,7 +234,7 @@ def teach_many(
     Args:
         family: what learners are drawn from, by torch's global random state; or K modules of one architecture, which
             are copied, taught in evaluation mode, and must be such that ``torch.func.vmap`` can run them.
-        dataset: from :func:`lightning_distill.load`.
+        dataset: as in :func:`teach`.
         learners: K, learners to draw; for a family only.
         step_rule: as in :func:`teach`.
         device: where a family is drawn and taught; modules stay where they are.
@@ -241,6 +242,7 @@ def teach_many(
     Raises:
         ValueError: as :func:`teach`; or the modules differ in architecture.
     """
+    dataset = load(dataset) if isinstance(dataset, str) else dataset
     rule, numbers = _step_rule(dataset, step_rule)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):

@@ -169,6 +169,41 @@ def test_a_finished_run_with_one_validation_goes_on_for_longer(here, monkeypatch
     assert steps_logged(here / "runs" / "CartPole-v1" / "version_1") == [1600.0 * i for i in range(6, 11)]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--config", CONF / "ant.yaml", "--model.start=halfcheetah_plain"],
+            ["model.start='halfcheetah_plain'", "Ant-v5"],
+        ),
+        (
+            ["--config", CONF / "ant.yaml", "--model.start=ant_plan"],
+            ["model.start='ant_plan'", "did you mean ant_plain"],
+        ),
+        (
+            ["--config", CONF / "steady" / "hopper.yaml", "--model.expert=cartpole_1d_plain"],
+            ["model.expert='cartpole_1d_plain'", "Hopper-v5"],
+        ),
+        (
+            ["--config", CONF / "acrobot.yaml", "--model.family=my_package.MyNet"],
+            ["my_package.MyNet", "cannot be imported"],
+        ),
+        (
+            ["--config", CONF / "acrobot.yaml", "--data.num_envs=30"],
+            ["data.num_envs=30", "multiples of model.learners=8"],
+        ),
+        (["--config", CONF / "acrobot.yaml", "--model.pears=3"], ["pears"]),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_line_before_any_run_begins(options, words, capsys, monkeypatch, here):
+    message = refused(capsys, monkeypatch, "fit", *options)
+    for word in words:
+        assert word in message
+    assert len([line for line in message.splitlines() if line.strip()]) <= 3, message
+    assert not list(here.rglob("*.yaml"))
+    assert not list(here.rglob("wandb"))
+
+
 def test_checkpoint_of_another_environment_is_refused(finished, capsys, monkeypatch, here):
     last = finished[0] / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
     message = refused(capsys, monkeypatch, "fit", "--config", CONF / "halfcheetah.yaml", f"--ckpt_path={last}")
@@ -253,7 +288,7 @@ gymnasium.register("Point-v0", Point)
 """
 
 
-EXPERIMENTS = sorted(path for path in CONF.rglob("*.yaml") if "sweeps" not in path.parts)
+EXPERIMENTS = sorted(path for path in CONF.rglob("*.yaml") if path.parent.name not in ("sweeps", "pipelines"))
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONF)))

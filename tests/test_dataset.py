@@ -274,6 +274,9 @@ def test_no_file_that_is_none_is_read(tmp_path):
     path, trap = tmp_path / "a.safetensors", tmp_path / "executed"
     assert_refused(path, "no such file, and not in the zoo")
     assert_refused("no_such_name", "no such file, and not in the zoo")
+    assert_refused("cartpole_1e", "did you mean cartpole_1d")
+    torch.save({"state_dict": {}}, path)
+    assert_refused(path, "a checkpoint[?] A run's dataset is its distilled.safetensors")
     assert_refused("x" * 5000, "name too long")
     assert_refused(tmp_path, "not a file")
     path.write_bytes(b"")

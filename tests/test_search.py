@@ -47,6 +47,12 @@ def test_a_run_that_fails_is_named(config, tmp_path):
         smallest(config, [3], 1.0, 0.9, tmp_path, ["--data.env=NoSuchEnv-v0"])
 
 
+def test_a_config_that_is_not_there_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"nope.yaml.*no such file"):
+        smallest("nope.yaml", [2], 1.0, 0.9, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("pairs", "share"), [([], 0.9), ([0, 2], 0.9), ([2], 0.0), ([2], 1.5)])
 def test_arguments_out_of_range(config, tmp_path, pairs, share):
     with pytest.raises(ConfigError, match="allowed"):

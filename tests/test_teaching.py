@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -397,6 +398,24 @@ def test_modules_that_do_not_fit(module, match):
         teach(module, make_dataset())
     with pytest.raises(ValueError, match=r"does not accept|returns|no trainable"):
         teach_many([module, module], make_dataset())
+
+
+@pytest.mark.parametrize("rule", ["newton", "projection"])
+def test_another_number_of_outputs_is_named_by_every_rule(rule):
+    module = nn.Sequential(nn.Linear(17, 8), nn.Tanh(), nn.Linear(8, 5))
+    dataset = dataclasses.replace(make_dataset(), newton_ridge=torch.tensor(0.1))
+    for teaching in (lambda: teach(module, dataset, rule), lambda: teach_many([module, module], dataset, None, rule)):
+        with pytest.raises(ValueError, match=r"module returns 5 outputs, expected 6"):
+            teaching()
+
+
+def test_a_dataset_may_be_given_by_its_name():
+    module = nn.Linear(4, 2)
+    expected = teach(module, load("cartpole_1d_plain"))
+    taught = teach(module, "cartpole_1d_plain")
+    assert torch.equal(taught.module.weight, expected.module.weight)
+    with pytest.raises(ValueError, match=r"cartpol_1d.*did you mean cartpole_1d"):
+        teach_many([module], "cartpol_1d")
 
 
 def test_a_module_that_cannot_be_copied_is_taught_in_place():
