@@ -70,7 +70,7 @@ class DistilledDataset:
         line_search_scale, newton_ridge: scalars α and λ of the step rules of these names; optional.
         encoder: state dict of the encoder whose output learners are fed in teaching and acting; empty unless
             ``encoder_level`` > 0.
-        metadata: everything else the file says (section "file format" of the README), in plain JSON values: control
+        metadata: everything else the file says (``docs/file_format.md``), in plain JSON values: control
             characters are escaped, numbers that are not finite are None.
 
     Raises:

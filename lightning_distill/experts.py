@@ -68,7 +68,8 @@ class TrainedPolicy(Expert):
                 f"model.expert={path!r}: holds no policy; allowed are checkpoints of PPO, and distilled datasets"
             )
         try:
-            family = settings.get("family", "paper")  # an object given in Python is not in the checkpoint
+            # Options given in Python are not among the settings.
+            family = settings.get("family") or checkpoint.get("family", "paper")
             family = as_family(family) if isinstance(family, str) else family_from(family)
             names = ("encoder_level", "log_std_min")
             module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})

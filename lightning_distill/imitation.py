@@ -67,16 +67,18 @@ class Imitation(MetaPPO):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.iteration == 0 and self.start is None:
-            self._begin_with(self._episodes())
+            states = self._episodes()
+            self.env_steps += len(states)
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))
+            rows = torch.randint(len(states), (self.synthetic_batch.pairs,), generator=generator)
+            # Each process played episodes of its own; pairs are the same in all.
+            self._begin_with(self.trainer.strategy.broadcast(states[rows]))
 
     @torch.no_grad()
     def _begin_with(self, observations: Tensor) -> None:
-        """Pairs from states [m, *obs] of the expert, and its noise."""
-        self.env_steps += len(observations)
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))  # the same in every process
+        """Pairs from as many states [n, *obs] of the expert, and its noise."""
         expert, batch = self._expert, self.synthetic_batch
-        rows = torch.randint(len(observations), (batch.pairs,), generator=generator)
-        chosen = observations[rows].to(self.device, torch.float32)
+        chosen = observations.to(self.device, torch.float32)
         seen = normalise(chosen, *self.running_normaliser(), OBSERVATION_CLIP)
         batch.observations.copy_(self.encoder(seen) if self.encoded_pairs else seen)
         batch.targets.copy_(expert.output(chosen))

@@ -149,7 +149,8 @@ class DistillCLI(LightningCLI):
         trainer = self.trainer
         if trainer.interrupted or trainer.fast_dev_run:
             return
-        best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+        # Not a checkpoint callback of the user's, which would come first: it may have kept another moment.
+        best = next((own.best_model_path for own in trainer.checkpoint_callbacks if isinstance(own, RunCheckpoint)), "")
         trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
 
 

@@ -97,12 +97,16 @@ def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
     command += [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]
     process = subprocess.Popen(command, stdout=output)
-    # Ctrl-C reaches the run, too, which saves and ends: to be waited for.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
     try:
         failed = process.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if failed:
         raise ConfigError(f"stage {name!r} ended with exit code {failed}; the same command goes on where it stopped")
     checkpoints = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)

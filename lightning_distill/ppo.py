@@ -43,6 +43,8 @@ Normaliser = tuple[Tensor, Tensor]
 
 OBSERVATION_CLIP = 10.0
 EPISODES_LOGGED = 100
+#: Others lose the gradients' size (16-mixed, scaled) or the dtype of what simulators return.
+PRECISIONS = ("32-true", "bf16-mixed")
 #: Numbers in the observations whose values are computed at once.
 VALUE_CHUNK = 2**24
 
@@ -441,6 +443,8 @@ class PPO(L.LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
+        if self.trainer.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={self.trainer.precision!r}: allowed are {', '.join(PRECISIONS)}")
         self.seed, self.rank = torch.initial_seed() % 2**31, self.global_rank
         # Lightning runs training alone in the Trainer's precision; policies act in the same.
         self._precision = self.trainer.precision_plugin.forward_context
@@ -456,10 +460,11 @@ class PPO(L.LightningModule):
         self._began_at = time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["env"] = self.spec.as_dict()
+        checkpoint |= {"env": self.spec.as_dict(), "family": self.family.describe(), "seed": self.seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_env(checkpoint, self.spec.id)
+        self.seed = checkpoint.get("seed", self.seed)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
         # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.

@@ -37,11 +37,11 @@ class SyntheticBatch(nn.Module):
         shape: tuple[int, ...],
         pairs: int,
         numbers: Mapping[str, float],
-        observation_scale: float = 0.5,
-        target_scale: float = 0.5,
-        gain: float = 1.0,
-        log_std: float = -0.5,
-        log_std_min: float = -3.0,
+        observation_scale: float,
+        target_scale: float,
+        gain: float,
+        log_std: float,
+        log_std_min: float,
     ) -> None:
         super().__init__()
         self.observations = nn.Parameter(torch.randn(pairs, *shape) * observation_scale)

@@ -264,7 +264,7 @@ def test_imitation_begins_with_frames_and_trains_no_critic(tmp_path):
     small = NatureCNN(width=8, channels=(2, 3, 2))
     learning = Imitation(SPEC, expert=expert, pairs=2, learners=2, family=small, encoder_level=1)
     frames = torch.randint(256, (5, *SPEC.observation_shape), dtype=torch.uint8)
-    learning._begin_with(frames)
+    learning._begin_with(frames[:2])
     for pair in learning.synthetic_batch.observations:
         assert any(torch.allclose(pair, frame / 255) for frame in frames)
     assert not learning._values(frames).any()

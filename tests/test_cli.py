@@ -1,12 +1,14 @@
 """The commands as users type them, each in a process of its own or through the same entry point."""
 
 import csv
+import functools
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -40,6 +42,21 @@ def refused(capsys, monkeypatch, *args):
         lightning(*args, monkeypatch=monkeypatch)
     assert exit_.value.code == 2
     return capsys.readouterr().err
+
+
+def test_the_best_is_tested_whatever_else_is_kept(here, monkeypatch):
+    tested = []
+
+    @functools.wraps(L.Trainer.test)  # the command line reads its options there
+    def test(*_, ckpt_path, **__):
+        tested.append(Path(ckpt_path).name)
+
+    monkeypatch.setattr(L.Trainer, "test", test)
+    mine = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+    options = [*QUICK, "--held_out.families=[]", mine, "--trainer.callbacks.filename=mine"]
+    lightning("fit", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
+    assert list(here.rglob("mine.ckpt"))
+    assert tested == ["best.ckpt"]
 
 
 def steps_logged(run):

@@ -235,6 +235,12 @@ def test_environments_must_be_shared_out_evenly():
         small_run(learners=5)
 
 
+def test_a_precision_in_which_gradients_or_samples_are_others_is_refused():
+    data = CollectorDataModule("CartPole-v1", env_steps=320, num_envs=16, rollout_length=20)
+    with pytest.raises(ConfigError, match=r"trainer.precision='64-true': allowed are 32-true, bf16-mixed"):
+        trainer(precision="64-true").fit(MetaPPO(data.spec), data)
+
+
 @pytest.mark.parametrize(("argument", "value"), [("pairs", 0), ("learners", -1)])
 def test_sizes_below_one_are_refused(argument, value):
     with pytest.raises(ConfigError, match=f"model.{argument}={value}"):

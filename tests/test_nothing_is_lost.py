@@ -110,6 +110,7 @@ def test_terminated_processes_save_together(here):
     both.send_signal(signal.SIGTERM)
     assert both.wait(60) == 128 + signal.SIGTERM
     assert load(run / "last.safetensors").metadata["env_steps"] == env_steps(last) > 0
+    assert not load(run / "last.safetensors").metadata["returns"], "those of a validation before are not of these pairs"
 
 
 def test_last_is_the_newest_of_the_same_config(tmp_path):

@@ -64,16 +64,18 @@ class ExportDataset(L.Callback):
         if trainer.state.fn != "fit" or pl_module.iteration == 0:
             return
         try:
-            self._write(trainer, pl_module, "last.safetensors")
+            # The returns that are known are of earlier pairs.
+            self._write(trainer, pl_module, "last.safetensors", {})
             if self.best_return is None:  # stopped before the first validation: there is no better one
-                self._write(trainer, pl_module, "distilled.safetensors")
+                self._write(trainer, pl_module, "distilled.safetensors", {})
         except OSError as error:
             logger.warning("no dataset of the moment it stopped: %s. The one before is whole.", error)
 
-    def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str, returns: dict[str, Any] | None = None) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        dataset = pl_module.distilled().with_metadata(returns=as_returns(pl_module.evaluations), config=self.config)
+        returns = as_returns(pl_module.evaluations) if returns is None else returns
+        dataset = pl_module.distilled().with_metadata(returns=returns, config=self.config)
         dataset.save(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
