@@ -312,7 +312,7 @@ class Tied(nn.Module):
         (nn.Sequential(nn.Linear(17, 6), nn.Linear(6, 6, bias=False)), r"'1.bias' is no trainable parameter"),
         (nn.Sequential(nn.Linear(17, 6), nn.Linear(6, 6).requires_grad_(False)), r"'1.weight' is no trainable"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(17, 6)), r"'weight' is no trainable parameter"),
-        (nn.Sequential(nn.Unflatten(1, (1, 17)), nn.Conv1d(1, 6, 17), nn.Flatten()), r"does not have.*line_search"),
+        (nn.Sequential(nn.Unflatten(1, (1, 17)), nn.Conv1d(1, 6, 17), nn.Flatten()), r"does not have.*sgd"),
         (nn.Bilinear(17, 17, 6), r"does not accept observations"),
         (Tied(), r"they are not"),
     ],
