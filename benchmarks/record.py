@@ -19,10 +19,10 @@ import yaml
 RECORDS = Path(__file__).parent / "records"
 
 
-def spent(folder: Path) -> tuple[int, float, list]:
-    """Environment steps and minutes of a run, and its validation curve."""
+def spent(rows: list[dict[str, str]]) -> tuple[int, float, list]:
+    """Environment steps and minutes of a run by what it logged, and its validation curve."""
     steps, curve, seconds, before = 0.0, [], 0.0, 0.0
-    for row in logged(folder):
+    for row in rows:
         if row.get("env_steps"):
             steps = float(row["env_steps"])
         if row.get("steps/s"):
@@ -43,7 +43,7 @@ def spent_before(folder: Path) -> tuple[int, float]:
     }:
         if run in files:
             raise SystemExit(f"{run}: not in the folder of its run: say by --before STEPS MINUTES what it took")
-        for taken in (spent(run)[:2], spent_before(run)):
+        for taken in (spent(logged(run))[:2], spent_before(run)):
             steps, minutes = steps + taken[0], minutes + taken[1]
     return steps, minutes
 
@@ -59,10 +59,10 @@ def settings(folder: Path) -> dict:
 
 def record(folder: Path, name: str, command: str, before: tuple[int, float] | None = None) -> dict:
     """What a run folder says: environment, method, pairs, family, seed, steps, minutes, returns of the test, validation curve."""
-    config = settings(folder)
-    steps, minutes, curve = spent(folder)
+    config, rows = settings(folder), logged(folder)
+    steps, minutes, curve = spent(rows)
     before = before or spent_before(folder)
-    last = [row for row in logged(folder) if row.get("test/return_sampled")]
+    last = [row for row in rows if row.get("test/return_sampled")]
     if not last:
         raise SystemExit(f"{folder}: the run was not tested")
     returns = {

@@ -288,9 +288,7 @@ def search(
 
     from .search import smallest
 
-    found, trials, level = smallest(
-        config, pairs, level, share, Path(output), [f"--{entry.removeprefix('--')}" for entry in option or []]
-    )
+    found, trials, level = smallest(config, pairs, level, share, Path(output), _with_dashes(option))
     if json:
         rows = [{"pairs": trial.pairs, "path": str(trial.path)} | trial.entry for trial in trials]
         _print_json({"smallest": found and found.pairs, "level": level, "runs": rows})
@@ -316,8 +314,7 @@ def pipeline(config: str, option: list[str] | None = None, output: str | None = 
     from .pipeline import run_pipeline
 
     folder = Path(output or Path("runs", "pipelines", Path(config).stem))
-    options = [f"--{entry.removeprefix('--')}" for entry in option or []]
-    runs = run_pipeline(config, folder, options, sys.stderr if json else None)
+    runs = run_pipeline(config, folder, _with_dashes(option), sys.stderr if json else None)
     if json:
         _print_json({name: str(run) for name, run in runs.items()})
         return
@@ -383,6 +380,11 @@ def _parser(name: str) -> Any:
             options["type"] = hints[key]
         parser.add_argument(*flags, **options)
     return parser
+
+
+def _with_dashes(option: list[str] | None) -> list[str]:
+    """Options of `lightning fit` as that takes them."""
+    return [f"--{entry.removeprefix('--')}" for entry in option or []]
 
 
 def _family(name: str, pairs: DistilledDataset) -> LearnerFamily:
