@@ -83,9 +83,10 @@ class CollectorDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Rollouts:
         # A run may go on with other processes or environments: what is left counts in environment steps.
-        iterations, env_steps = self.trainer.lightning_module.resumed
-        frames = self.num_envs * self.rollout_length * self.trainer.world_size
-        left = max(0, round((self.env_steps - env_steps) / frames))
+        module, processes = self.trainer.lightning_module, self.trainer.world_size
+        iterations, env_steps = module.resumed
+        left = self.env_steps - (env_steps or module.first_steps * processes)
+        left = max(0, round(left / (self.num_envs * self.rollout_length * processes)))
         self._rollouts = Rollouts(self, max(1, iterations + left))
         return self._rollouts
 

@@ -11,6 +11,7 @@ One implementation behind the callbacks, the command line and the API. The proto
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from .teaching import StackedPolicy, keep_random_state, teach_many, with_line_se
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["sampled", "greedy"]
 
 #: Rows of a table of returns that are no held-out family.
@@ -43,6 +46,9 @@ SHUFFLED = "control: shuffled targets"
 VALIDATION_SEED, TEST_SEED = 0, 1
 
 BOOTSTRAP_DRAWS = 2000
+
+#: Where an episode is cut that no environment and no time limit ends; Atari's longest have 27 000 steps.
+LONGEST_EPISODE = 100_000
 
 
 class StackedActor(Protocol):
@@ -218,7 +224,9 @@ class Evaluator:
         count = len(state)
         returns = torch.zeros(count, dtype=torch.float64)
         playing = torch.ones(count, dtype=torch.bool)
-        while playing.any():
+        for _ in range(LONGEST_EPISODE):
+            if not playing.any():
+                break
             observation = state["observation"].to(self.device).unflatten(0, (self.learners, self.episodes))
             state["action"] = policy(observation, sample=not greedy).flatten(0, 1).to(env.device)
             # Only environments that still play are stepped, where the simulator can; what others do does not count.
@@ -226,6 +234,14 @@ class Evaluator:
             step, state = env.step_and_maybe_reset(state)
             returns += step["next", "reward"].squeeze(-1).cpu() * playing
             playing &= ~step["next", "done"].squeeze(-1).cpu()
+        if playing.any():
+            logger.warning(
+                "env=%r ends no episode: %d of %d were cut after %d steps; a time limit of its own is shorter",
+                self.spec.id,
+                int(playing.sum()),
+                count,
+                LONGEST_EPISODE,
+            )
         return returns.view(self.learners, self.episodes).float()
 
 

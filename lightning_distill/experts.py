@@ -87,9 +87,7 @@ class TrainedPolicy(Expert):
         self.log_std = module.log_std
 
     def output(self, observations: Tensor) -> Tensor:
-        module = self.module.to(observations.device)
-        inputs = module.encode(observations, module.running_normaliser())
-        return module.family.forward(module.policy_params(), inputs.unsqueeze(0))[0]
+        return self.module.to(observations.device).present_output(observations)
 
 
 def expert_from(name: str, spec: EnvSpec) -> Expert:

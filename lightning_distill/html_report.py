@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .dataset import DistilledDataset, write_atomically
-from .pictures import Curves, _figure
+from .pictures import Curves, draw_returns, finish, new_figure
 from .tables import Evaluations, shares
 
 #: Title and curves (metric → label) of each panel; W&B groups the same metrics by what stands before their slash.
@@ -95,9 +95,9 @@ def draw_curves(curves: Curves):
     shown = [(title, lines) for title, lines in PANELS if any(name in curves for name in lines)]
     timed = all(name in curves for name in TIME)
     rows = 2 + (len(shown) + timed + 1) // 2
-    figure = _figure(11, 2.3 * rows)
+    figure = new_figure(11, 2.3 * rows)
     grid = figure.add_gridspec(rows, 2)
-    _returns_panel(figure.add_subplot(grid[:2, :]), curves)
+    draw_returns(figure.add_subplot(grid[:2, :]), curves)
     panels = iter(figure.add_subplot(grid[2 + index // 2, index % 2]) for index in range(len(shown) + timed))
     for (title, lines), axes in zip(shown, panels, strict=False):
         for name, label in lines.items():
@@ -107,50 +107,22 @@ def draw_curves(curves: Curves):
             axes.legend(fontsize="small")
         if all(value > 0 for name in lines for _, value in curves.get(name, ())) and title.startswith("gradient"):
             axes.set_yscale("log")
-        _finish(axes, title)
+        finish(axes, title)
     if timed:
         axes = next(panels)
         steps = [step for step, _ in curves["time/update"]]
         axes.stackplot(steps, [[share for _, share in curves[name]] for name in TIME], labels=TIME.values(), alpha=0.8)
         axes.set_ylim(0, 1.3)
         axes.legend(fontsize="small", loc="upper center", ncols=3)
-        _finish(axes, "share of time")
+        finish(axes, "share of time")
     return figure
-
-
-def _returns_panel(axes: Any, curves: Curves) -> None:
-    if "return" in curves:
-        axes.plot(*zip(*curves["return"], strict=True), color="#9aa5b1", label="training (last 100 episodes)")
-    evaluated = {"val": "validation"}
-    held_out = sorted(name for name in curves if name.startswith("held_out/") and name.endswith("/return"))
-    evaluated |= {name.removesuffix("/return"): "held out: " + name.split("/")[1] for name in held_out}
-    for prefix, label in evaluated.items():
-        if f"{prefix}/return" not in curves:
-            continue
-        steps, means = zip(*curves[f"{prefix}/return"], strict=True)
-        [line] = axes.plot(steps, means, marker="o", markersize=3, label=label, linewidth=2 if prefix == "val" else 1.2)
-        spread = dict(curves.get(f"{prefix}/return_ci95", ()))
-        low, high = ([m + sign * spread.get(s, 0.0) for s, m in zip(steps, means, strict=True)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    if "val/return_worst" in curves:
-        axes.plot(*zip(*curves["val/return_worst"], strict=True), ":", color="#555", label="validation: the worst")
-    axes.legend(fontsize="small")
-    _finish(axes, "return (bands: 95 % confidence intervals of the mean)")
-
-
-def _finish(axes: Any, title: str) -> None:
-    axes.set_title(title, fontsize="medium", loc="left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
-    axes.tick_params(labelsize="small")
 
 
 def draw_moments(moments: Sequence[DistilledDataset]):
     """Heat maps of observations and targets at up to ``MOMENTS`` times, on one scale each."""
     count = min(MOMENTS, len(moments))
     chosen = [moments[round(index * (len(moments) - 1) / max(count - 1, 1))] for index in range(count)]
-    figure = _figure(11, 4.4)
+    figure = new_figure(11, 4.4)
     panels = figure.subplots(2, count, squeeze=False)
     for row, name in zip(panels, ("observations", "targets"), strict=True):
         values = [getattr(dataset, name).flatten(1).cpu().numpy() for dataset in chosen]

@@ -59,6 +59,7 @@ class Imitation(MetaPPO):
         bounds = torch.tensor([self.spec.action_low, self.spec.action_high])  # [2, d]; nothing if actions are discrete
         self.register_buffer("_bounds", bounds, persistent=False)
         if self.start is None:
+            self.first_steps = EPISODES * STEPS
             self._fix_normaliser(self._expert.mean, self._expert.std)
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
@@ -68,7 +69,7 @@ class Imitation(MetaPPO):
         super().on_fit_start()
         if self.iteration == 0 and self.start is None:
             states = self._episodes()
-            self.env_steps += len(states)
+            self.env_steps += len(states) * self.trainer.world_size
             generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))
             rows = torch.randint(len(states), (self.synthetic_batch.pairs,), generator=generator)
             # Each process played episodes of its own; pairs are the same in all.

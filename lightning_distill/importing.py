@@ -23,13 +23,11 @@ from .dataset import DatasetError, DistilledDataset
 from .envs import env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import check_matches, trained_family
 from .learners import MLP
-from .nature import FRAMES, WHITE, NatureCNN
-from .normalise import RunningMoments
+from .moments import RunningMoments
+from .nature import FRAMES, WHITE, NatureCNN, encoder_from
 from .teaching import keep_random_state, teach_many
 
 DISCRETE, CONTINUOUS = ("x", "y", "inner_lr"), ("x", "y_mean", "y_logstd", "inner_lr")
-#: Layers of the encoder by their names in ``nn.Sequential`` (Mnih et al. 2015): three convolutions, one linear.
-ENCODER_LAYERS = {"0": [32, 4, 8, 8], "2": [64, 32, 4, 4], "4": [64, 64, 3, 3], "7": [512, 3136]}
 #: Fresh learners whose observations an estimated normaliser is made of.
 LEARNERS = 16
 
@@ -158,16 +156,11 @@ def _encoder(path: str | os.PathLike[str], shape: torch.Size) -> dict[str, Tenso
     content = _read(path)
     if shape != FRAMES:
         raise DatasetError(f"{path}: an encoder, but the dataset's observations are {list(shape)}, not {list(FRAMES)}")
-    layers = list(ENCODER_LAYERS)[: max(1, len(content) // 2)]
-    expected = {f"{name}.weight": ENCODER_LAYERS[name] for name in layers}
-    expected |= {f"{name}.bias": ENCODER_LAYERS[name][:1] for name in layers}
-    if set(content) != set(expected):
-        raise DatasetError(
-            f"{path}: holds {', '.join(map(str, content))[:200]}; expected weight and bias of the first layers of the "
-            f"Nature CNN, named {', '.join(ENCODER_LAYERS)}"
-        )
-    tensors = {name: _floats(path, name, value) for name, value in content.items()}
-    for name, value in tensors.items():
-        if list(value.shape) != expected[name]:
-            raise DatasetError(f"{path}: {name}: shape {list(value.shape)}, expected {expected[name]}")
+    if not content:
+        raise DatasetError(f"{path}: holds nothing; expected the first layers of the Nature CNN")
+    tensors = {str(name): _floats(path, name, value) for name, value in content.items()}
+    try:
+        encoder_from(tensors)
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}") from None
     return tensors

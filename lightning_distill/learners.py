@@ -165,7 +165,10 @@ class MLP(LearnerFamily):
         return params
 
     def forward(self, params: Params, observations: Tensor) -> Tensor:
-        return self._affine(params, self.depth, self.features(params, observations))
+        features = self.features(params, observations)
+        # Whatever precision the layers before ran in: rounded outputs would be another policy.
+        with torch.autocast(features.device.type, enabled=False):
+            return self._affine(params, self.depth, features.to(params[f"{self.depth}.weight"].dtype))
 
     def features(self, params: Params, observations: Tensor) -> Tensor:
         hidden = observations.flatten(2)
@@ -256,16 +259,22 @@ class ModuleFamily(LearnerFamily):
         return self._stacks[_shapes(params)].with_output_layer(params, weight, bias)
 
     def describe(self) -> dict[str, Any]:
-        made = self.factory
-        name = f"{getattr(made, '__module__', '?')}.{getattr(made, '__qualname__', type(made).__name__)}"
-        return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": name}}
+        return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": _described(self.factory)}}
+
+
+def _described(factory: Any) -> str:
+    """Its class path; of a partial one the arguments too."""
+    if isinstance(factory, partial):
+        arguments = [*map(repr, factory.args), *(f"{name}={value!r}" for name, value in factory.keywords.items())]
+        return f"functools.partial({', '.join([_described(factory.func), *arguments])})"
+    return f"{getattr(factory, '__module__', '?')}.{getattr(factory, '__qualname__', type(factory).__name__)}"
 
 
 def stack_parameters(modules: Sequence[nn.Module]) -> Params:
     """Parameters and buffers of K modules of one architecture, copied, each [K, …].
 
     Raises:
-        ValueError: they differ in name or shape.
+        ValueError: they differ in name or shape, or in a tensor that is neither.
     """
     states = [
         {FIXED * (not parameter.requires_grad) + name: parameter for name, parameter in module.named_parameters()}
@@ -277,6 +286,18 @@ def stack_parameters(modules: Sequence[nn.Module]) -> Params:
             first, this = (s[name].shape if name in s else None for s in (states[0], state))
             if first != this:
                 raise ValueError(f"modules of one architecture are needed: {name} is {first} in 0, {this} in {index}")
+    first, *others = (
+        {
+            f"{name}.{attribute}".lstrip("."): value
+            for name, part in module.named_modules()
+            for attribute, value in vars(part).items()
+            if isinstance(value, Tensor)
+        }
+        for module in modules
+    )
+    for name, value in first.items():
+        if not all(name in other and torch.equal(value, other[name]) for other in others):
+            raise ValueError(f"{name}: a tensor that differs between modules and is no parameter: make it a buffer")
     return {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
 
 

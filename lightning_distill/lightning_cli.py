@@ -81,6 +81,29 @@ class DistillCLI(LightningCLI):
             # Before Lightning reads it, less carefully, and before loggers begin.
             check_env(AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path), chosen.data.env)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning takes the model's options from a checkpoint; a run that goes on may not have been given others.
+
+        A test or validation is of the checkpoint's model, whatever the config would train.
+        """
+        given = self._model_options()
+        super()._parse_ckpt_path()
+        if self.config.subcommand != "fit":
+            return
+        for option, saved in self._model_options().items():
+            if given.get(option) != saved:
+                name, value = f"model.{option}".replace("init_args.", "", 1), given.get(option)
+                raise ConfigError(
+                    f"{name}={value!r}: the run of ckpt_path has {saved!r}, and goes on with the options that it began with; to "
+                    "train what it has learned with others, begin with --model.start=FILE of its dataset"
+                )
+
+    def _model_options(self) -> dict[str, Any]:
+        """The model's class and options by name, without what is linked to it."""
+        model = self.config[self.config.subcommand].model
+        options = {} if model is None else vars(model.as_flat())
+        return {name: value for name, value in options.items() if name.rpartition(".")[2] != "spec"}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
@@ -104,6 +127,13 @@ class DistillCLI(LightningCLI):
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
+        if self._get(self.config, "trainer").get("logger") is False and os.path.exists(
+            os.path.join(root, "config.yaml")
+        ):
+            raise ConfigError(
+                f"trainer.default_root_dir={root!r}: holds a run already (config.yaml), and without loggers runs have no folders "
+                "of their own; allowed is a folder without one"
+            )
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")
 

@@ -146,7 +146,7 @@ def encoder_from(tensors: Mapping[str, Tensor]) -> nn.Module:
     weights = [tensors[f"{name}.weight"] for name in names]
     try:
         convolutions = weights[: len(CONVOLUTIONS)]
-        channels = [convolutions[0].shape[1], *(weight.shape[0] for weight in convolutions)]
+        channels = [FRAMES[0], *(weight.shape[0] for weight in convolutions)]
         with torch.device("meta"):  # nothing is drawn at random
             encoder = _first_layers(len(names), (channels + [64] * 3)[:4], weights[-1].shape[0])
         encoder.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)

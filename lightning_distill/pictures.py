@@ -17,6 +17,7 @@ import numpy as np
 from .dataset import DistilledDataset
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ WIDTH = 12
 BARS = 0.3
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -60,20 +61,42 @@ def read_curves(metrics: Path) -> Curves:
 
 def draw_learning_curve(curves: Curves, path: Path) -> Path:
     """Return against environment steps, of a run's curves: training, validation, held-out learners."""
-    names = [name for name in curves if name in ("return", "val/return")]
-    names += sorted(name for name in curves if name.startswith("held_out/") and name.endswith("/return"))
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
-    labels = {"return": "training (last 100 episodes)", "val/return": "validation"}
-    for name in names:
-        label = labels.get(name, "held out: " + name.removeprefix("held_out/").removesuffix("/return"))
-        axes.plot(*zip(*curves[name], strict=True), marker="" if name == "return" else "o", markersize=3, label=label)
+    draw_returns(axes, curves)
     axes.set_xlabel("environment steps")
-    axes.set_ylabel("return")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return path
+
+
+def draw_returns(axes: Axes, curves: Curves) -> None:
+    """The same in somebody's axes, with confidence intervals where they were logged."""
+    if "return" in curves:
+        axes.plot(*zip(*curves["return"], strict=True), color="#9aa5b1", label="training (last 100 episodes)")
+    evaluated = {"val": "validation"}
+    held_out = sorted(name for name in curves if name.startswith("held_out/") and name.endswith("/return"))
+    evaluated |= {name.removesuffix("/return"): "held out: " + name.split("/")[1] for name in held_out}
+    for prefix, label in evaluated.items():
+        if f"{prefix}/return" not in curves:
+            continue
+        steps, means = zip(*curves[f"{prefix}/return"], strict=True)
+        [line] = axes.plot(steps, means, marker="o", markersize=3, label=label, linewidth=2 if prefix == "val" else 1.2)
+        spread = dict(curves.get(f"{prefix}/return_ci95", ()))
+        low, high = ([m + sign * spread.get(s, 0.0) for s, m in zip(steps, means, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if "val/return_worst" in curves:
+        axes.plot(*zip(*curves["val/return_worst"], strict=True), ":", color="#555", label="validation: the worst")
+    axes.legend(fontsize="small")
+    finish(axes, "return (bands: 95 % confidence intervals of the mean)")
+
+
+def finish(axes: Axes, title: str) -> None:
+    """Title, grid and ticks as all panels of curves have them."""
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
+    axes.tick_params(labelsize="small")
 
 
 def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
@@ -92,7 +115,7 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
     frames = len(dataset.observation_shape) == 3 and not dataset.encoded
     heat = 0.0 if frames else min(6.0, 1.7 + 0.13 * dataset.pairs)
     above = scene[0] if scene else 0.0
-    figure = _figure(WIDTH, above + heat + 0.5)
+    figure = new_figure(WIDTH, above + heat + 0.5)
     title = f"{dataset.env}: {dataset.pairs} pairs, learning rate {dataset.learning_rate.item():.3g}"
     figure.suptitle(title, parse_math=False)
     if note:

@@ -27,8 +27,8 @@ from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
 from .learners import FIXED, LearnerFamily, Params, tanh
-from .nature import LEVELS, make_critic, make_encoder, scaled
-from .normalise import FrameScale, RunningMoments
+from .moments import FrameScale, RunningMoments
+from .nature import LEVELS, OutputLayer, make_critic, make_encoder, scaled
 from .objectives import (
     approximate_kl,
     discounted_sums,
@@ -153,6 +153,8 @@ class PPO(L.LightningModule):
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
         self.seed, self.rank, self._precision = 0, 0, nullcontext
+        #: Environment steps that a run takes before its first rollout.
+        self.first_steps = 0
         #: Iterations and environment steps made before this ``fit``, if it goes on from a checkpoint.
         self.resumed = 0, 0
         self.evaluations: dict[str, dict[str, Evaluation]] = {}
@@ -373,8 +375,8 @@ class PPO(L.LightningModule):
             if norms and skipped[name] == len(norms):
                 raise ConfigError(
                     f"no finite gradient of the {name} in iteration {int(self.iteration)} (after {int(self.env_steps)} "
-                    "steps): what was learned so far is kept; lower model.optimizer's and model.critic_optimizer's lr, or "
-                    "look for huge rewards and observations"
+                    "steps): what was learned so far is kept; begin with it (--model.start) and a lower lr of model.optimizer and "
+                    "model.critic_optimizer, or look for huge rewards and observations"
                 )
         return skipped["actor"] + skipped["critic"]
 
@@ -404,14 +406,21 @@ class PPO(L.LightningModule):
                 self.log(name, evaluation.mean, batch_size=1)
                 self.log(f"{name}_ci95", evaluation.ci95, batch_size=1)
 
+    def present_output(self, observations: Tensor) -> Tensor:
+        """Logits or means [*batch, d] of the one policy as it is, with the normaliser of this moment.
+
+        Args:
+            observations: of an environment, [*batch, *obs].
+        """
+        batch = observations.shape[: observations.dim() - len(self.spec.observation_shape)]
+        inputs = self.encode(observations.flatten(0, len(batch) - 1), self.running_normaliser())
+        return self.family.forward(self.policy_params(), inputs.unsqueeze(0)).view(*batch, -1)
+
     def present_policy(self) -> StackedActor:
-        """The one policy as it is, with the normaliser of this moment, in as many environments as are asked for."""
-        params, log_std, (mean, std) = self.policy_params(), self.log_std, self.running_normaliser()
+        """The one policy as it is, in as many environments as are asked for."""
 
         def act(observation: Tensor, sample: bool = False) -> Tensor:
-            inputs = self.encoder(normalise(observation.float(), mean, std, OBSERVATION_CLIP))
-            output = self.family.forward(params, inputs.flatten(0, 1).unsqueeze(0))
-            distribution = action_distribution(output.view(*observation.shape[:2], -1), log_std)
+            distribution = action_distribution(self.present_output(observation), self.log_std)
             return distribution.sample() if sample else distribution.mode
 
         return act
@@ -627,7 +636,7 @@ def _critic(spec: EnvSpec) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten(start_dim=-len(spec.observation_shape))]
     for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(fan_in, fan_out), Tanh()]
-    layers.append(nn.Linear(sizes[-1], 1))
+    layers.append(OutputLayer(sizes[-1], 1))
     for layer in layers:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, 2**0.5 if layer.out_features > 1 else 1.0)

@@ -228,6 +228,28 @@ def test_checkpoint_of_another_environment_is_refused(finished, capsys, monkeypa
     assert "HalfCheetah-v5" in message
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.gamma=0.9", "model.gamma=0.9: the run of ckpt_path has 0.99"),
+        ("--model.optimizer.init_args.lr=0.5", "model.optimizer.init_args.lr=0.5"),
+        ("--model=PPO", "model.class_path='lightning_distill.PPO'"),
+    ],
+)
+def test_other_options_than_the_checkpoints_are_refused(option, message, finished, capsys, monkeypatch, here):
+    last = finished[0] / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    config = ["--config", CONF / "cartpole_1d.yaml", "--model.pairs=2"]  # the checkpoint's own
+    found = refused(capsys, monkeypatch, "fit", *config, option, f"--ckpt_path={last}")
+    assert message in found
+    assert "--model.start=FILE" in found
+
+
+def test_without_loggers_one_run_does_not_take_the_place_of_another(capsys, monkeypatch, here):
+    Path("config.yaml").touch()
+    options = ["--config", CONF / "cartpole_1d.yaml", "--trainer.logger=false", "--trainer.default_root_dir=."]
+    assert "trainer.default_root_dir" in refused(capsys, monkeypatch, "fit", *options)
+
+
 def test_direct_ppo_is_trained_validated_and_tested_by_the_same_commands(here, monkeypatch, capsys):
     config = CONF / "ppo" / "cartpole_1d.yaml"
     lightning("fit", "--config", config, *QUICK, monkeypatch=monkeypatch)

@@ -1,5 +1,6 @@
 import importlib.util
 
+import gymnasium
 import numpy as np
 import probes  # noqa: F401  registers the probe environments
 import pytest
@@ -187,6 +188,34 @@ def test_torchrl_environment_by_class_path():
     step, following = env.step_and_maybe_reset(env.reset().set("action", env.action_spec.rand()))
     assert step["next", "reward"].shape == (3, 1)
     assert following["observation"].shape == (3, 3)
+
+
+class Echo(gymnasium.Env):
+    """Earns its action, and never ends."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, frameskip=1):
+        """TorchRL gives every environment this argument."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, dtype=np.float32), float(action[0]), False, False, {}
+
+
+gymnasium.register("Echo-v0", Echo)
+
+
+@pytest.mark.parametrize(("env", "kwargs"), [("Echo-v0", {}), ("torchrl.envs.GymEnv", {"env_name": "Echo-v0"})])
+def test_actions_are_clipped_where_they_act_and_kept_as_they_were_chosen(env, kwargs):
+    env = make_env(env_spec(env, kwargs), 2, seed=0, max_episode_steps=3)
+    chosen = torch.tensor([[2.0], [-0.5]])
+    step, _ = env.step_and_maybe_reset(env.reset().set("action", chosen))
+    assert step["next", "reward"].flatten().tolist() == [1.0, -0.5]
+    assert torch.equal(step["action"], chosen)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class Signs(gymnasium.Env):
 
     observation_space = gymnasium.spaces.Box(-1, 1, (1,))
     action_space = gymnasium.spaces.Discrete(2)
+    ends = True
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -52,7 +53,13 @@ class Signs(gymnasium.Env):
     def step(self, action):
         right = action == self.steps % 2
         self.steps += 1
-        return self._observe(), -1000.0 if self.later else float(right), self.steps == self.length, False, {}
+        return (
+            self._observe(),
+            -1000.0 if self.later else float(right),
+            self.ends and self.steps == self.length,
+            False,
+            {},
+        )
 
 
 gymnasium.register("Signs-v0", Signs)
@@ -285,6 +292,13 @@ def test_variations_reach_the_evaluation():
     varied = evaluate(dataset, variation=Variation(mass=3.0), **options).returns
     assert not torch.equal(varied, plain)
     assert torch.equal(evaluate(dataset, variation=Variation(mass=3.0), **options).returns, varied)
+
+
+def test_what_ends_no_episode_is_cut_and_said(monkeypatch, caplog):
+    monkeypatch.setattr(Signs, "ends", False)
+    monkeypatch.setattr("lightning_distill.evaluation.LONGEST_EPISODE", 7)
+    assert evaluate(signs_dataset(), learners=3, greedy=True).returns.tolist() == [[7.0]] * 3
+    assert "env='Signs-v0' ends no episode: 3 of 3 were cut after 7 steps" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def other_learners(iterations, model=Imitation):
         learners=4,
         iterations=iterations,
         optimizer=lambda p: torch.optim.Adam(p, lr=0.02),
-        data={"num_envs": 32},
+        data={"num_envs": 32, "env_steps": 16 * 1000 + 640 * iterations},
     )
 
 
@@ -43,7 +43,8 @@ def test_pairs_begin_as_states_of_the_expert_with_its_outputs():
     module = other_learners(1)
     start = other_learners(1)
     assert torch.equal(module.synthetic_batch.targets, start.synthetic_batch.targets), "the same seed, the same pairs"
-    assert module.env_steps == 16 * 1000 + 640
+    assert module.env_steps == 16 * 1000 + 640, "the run's, with those in which the expert was seen first"
+    assert module.iteration == 1
     module = other_learners(1, Untrained)
     batch, moments = module.synthetic_batch, module.observation_moments
     states = batch.observations * moments.std + moments.mean

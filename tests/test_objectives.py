@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_distill.normalise import RunningMoments
+from lightning_distill.moments import RunningMoments
 from lightning_distill.objectives import (
     approximate_kl,
     discounted_sums,

@@ -79,6 +79,15 @@ def test_greedy_actions_are_those_of_the_weights_on_normalised_observations(env)
     torch.testing.assert_close(module.present_policy()(observations), expected)
 
 
+def test_outputs_and_values_are_not_rounded_under_autocast():
+    module = PPO(env_spec("Hopper-v5"))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output, value = module.present_output(torch.randn(7, 11)), module.critic(torch.randn(7, 11))
+    for found in (output, value):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())
+
+
 def test_sampled_actions_have_the_policys_spread():
     module = small_run("Pendulum-v1", PPO, minibatches=4, log_std=-1.0, data={"env_steps": 1})
     observations = torch.zeros(1, 20_000, 3)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -119,12 +120,12 @@ def test_many_learners_of_a_family_are_fresh_and_reproducible():
 class RandomFeatures(nn.Module):
     """A fixed random projection in a buffer, a frozen layer, an integer buffer, and a trained output layer."""
 
-    def __init__(self, observation_shape=(17,), outputs=6) -> None:
+    def __init__(self, observation_shape=(17,), outputs=6, width=32) -> None:
         super().__init__()
-        self.register_buffer("projection", torch.randn(observation_shape[0], 32))
+        self.register_buffer("projection", torch.randn(observation_shape[0], width))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.frozen = nn.Linear(32, 32).requires_grad_(False)
-        self.output = nn.Linear(32, outputs)
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.output = nn.Linear(width, outputs)
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.output(torch.tanh(self.frozen(torch.tanh(observations @ self.projection))))
@@ -150,6 +151,22 @@ def test_only_what_is_trainable_takes_the_step():
     moved = {name for name, value in taught.items() if not torch.equal(value, params[name])}
     assert moved == {"output.weight", "output.bias"}
     assert {name for name in params if name.startswith(FIXED)} == params.keys() - moved
+
+
+def test_a_tensor_that_is_no_buffer_may_not_differ_between_modules():
+    modules = [nn.Linear(17, 6), nn.Linear(17, 6)]
+    for module in modules:
+        module.mask = torch.ones(6)
+    assert teach_many(modules, make_dataset())
+    modules[1].mask = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"mask: a tensor that differs between modules .* make it a buffer"):
+        teach_many(modules, make_dataset())
+
+
+def test_families_of_one_module_with_other_arguments_are_told_apart():
+    narrow, wide = (ModuleFamily(partial(RandomFeatures, width=width)) for width in (8, 16))
+    assert narrow.describe() != wide.describe()
+    assert "RandomFeatures, width=8" in narrow.describe()["init_args"]["factory"]
 
 
 # --- whatever a user brings ------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
 import torch
 from jsonargparse.typing import NonNegativeInt
@@ -69,8 +71,8 @@ class HeldOutLearners(L.Callback):
     @staticmethod
     def _log(pl_module: MetaPPO, name: str, prefix: str) -> None:
         evaluation = pl_module.evaluations[name]["sampled"]
-        reference = pl_module.evaluations[IN_DISTRIBUTION]["sampled"].mean
+        share = evaluation.share(pl_module.evaluations[IN_DISTRIBUTION]["sampled"])
         pl_module.log(f"{prefix}/{name}/return", evaluation.mean, batch_size=1)
         pl_module.log(f"{prefix}/{name}/return_ci95", evaluation.ci95, batch_size=1)
-        if reference > 0:
-            pl_module.log(f"{prefix}/{name}/share", evaluation.mean / reference, batch_size=1)
+        if math.isfinite(share):
+            pl_module.log(f"{prefix}/{name}/share", share, batch_size=1)

@@ -247,10 +247,14 @@ def make_env(
     if backend == "auto" and spec.id in DIMENSIONS and not spec.kwargs:
         return _truncated(CartPole(DIMENSIONS[spec.id], num_envs, seed, device), max_episode_steps)
     if (torchrl_class := _torchrl_class(spec.id)) is not None:
-        from torchrl.envs import SerialEnv
+        from torchrl.envs import SerialEnv, TransformedEnv
+
+        from .clipping import ClippedActions
 
         env = SerialEnv(num_envs, partial(torchrl_class, **spec.kwargs))
         env.set_seed(seed)
+        if spec.action_type == "continuous":
+            env = TransformedEnv(env, ClippedActions(spec))
         return _truncated(env, max_episode_steps)
     entries = _envpool_entries(spec) if backend in ("auto", "envpool") else None
     if backend == "envpool" or entries is not None:
