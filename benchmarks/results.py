@@ -16,8 +16,9 @@ from typing import Any
 
 import authors
 import marked
+import others
 
-from lightning_distill.dataset import load, zoo
+from lightning_distill.dataset import DistilledDataset, load, zoo
 
 RECORDS = Path(__file__).parent / "records"
 CURVES = Path(__file__).parents[1] / "docs" / "learning_curves.png"
@@ -45,11 +46,21 @@ def zoo_table() -> str:
                 f"{returns['sampled']['worst']:.1f}",
                 marked.interval(returns["greedy"]),
                 marked.interval(plain["sampled"]),
+                *of_others(name, dataset),
                 f"`{dataset.metadata['command']}`",
             ]
         )
     header = ("dataset", "environment", "pairs", "step rule", "steps", "seed", "sampled", "worst", "greedy")
-    return with_commands([*header, "plain step, sampled", "command"], rows)
+    others_header = (f"{others.LEARNERS} others", "worst", "failed")
+    return with_commands([*header, "plain step, sampled", *others_header, "command"], rows)
+
+
+def of_others(name: str, dataset: DistilledDataset) -> tuple[str, str, str]:
+    """Mean, worst and number of failures of other learners, where they were measured."""
+    entry = others.found(name, dataset)
+    if entry is None:
+        return "", "", ""
+    return marked.interval(entry), f"{entry['worst']:.1f}", "" if entry["failed"] is None else str(entry["failed"])
 
 
 def with_commands(header: Sequence[str], rows: Sequence[list[Any]]) -> str:
