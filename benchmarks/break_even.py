@@ -3,8 +3,8 @@
     python benchmarks/break_even.py cartpole_1d_plain halfcheetah_plain
 
 For each dataset of the zoo whose environment has a config in conf/ppo/: CPU minutes of all the training that its command's configs
-and that one ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Options in a command that change the
-number of steps are not known here. Returns are those of the files: the dataset's, and of PPO those in benchmarks/records/.
+and that one ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Of a command's options `--data.env_steps` is known,
+others that change what a run takes are not. Returns are those of the files: the dataset's, and of PPO those in benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ from lightning_distill.dataset import DistilledDataset
 ROOT = costs.COSTS.parents[1]
 
 
-def minutes(config: str) -> tuple[float, int]:
-    """CPU minutes of a run of ``conf/…``, and its environment steps."""
+#: A config in a command, and what is said of its environment steps before the next one.
+RUN = re.compile(r"(conf/\S+\.yaml)(?:(?!conf/).)*?(?:--data\.env_steps=([\d_]+)|(?=conf/|$))")
+
+
+def minutes(config: str, steps: str = "") -> tuple[float, int]:
+    """CPU minutes of a run of ``conf/…``, and its environment steps: those of the config, or others."""
     found = costs.measure(ROOT / config)
-    return found["cpu"] * found["all_steps"] / found["steps"] / 60, int(found["all_steps"])
+    taken = int(steps or found["all_steps"])
+    return found["cpu"] * taken / found["steps"] / 60, taken
 
 
 def teaching_seconds(dataset: DistilledDataset, learners: int) -> float:
@@ -49,9 +54,9 @@ def main() -> None:
     rows = []
     for name in args.datasets:
         dataset = load(name)
-        configs = re.findall(r"conf/\S+\.yaml", dataset.metadata["command"])
-        distil = sum(minutes(config)[0] for config in configs)
-        ppo, steps = minutes(f"conf/ppo/{Path(configs[-1]).name}")
+        runs = RUN.findall(dataset.metadata["command"])
+        distil = sum(minutes(config, steps)[0] for config, steps in runs)
+        ppo, steps = minutes(f"conf/ppo/{Path(runs[-1][0]).name}")
         one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))
         least = math.floor(distil / (ppo - thousand / 1000 / 60)) + 1
         rows.append(
