@@ -94,7 +94,7 @@ class DistilledDataset:
     def __post_init__(self) -> None:
         # What is shown on a terminal later can hold no escape sequence; a config alone has several lines.
         texts = self.metadata.items()
-        metadata = {plain(key): plain(value, "\n\t" if key == "config" else "") for key, value in texts}
+        metadata = {_plain(key): _plain(value, "\n\t" if key == "config" else "") for key, value in texts}
         object.__setattr__(self, "metadata", metadata)
         self._check_tensors()
         self._check_text()
@@ -318,9 +318,9 @@ def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
             raise DatasetError("not a file")
         return _from_file(*_read(path))
     except (DatasetError, OSError) as error:
-        raise DatasetError(f"{plain(str(path))}: {plain(str(error))[:300]}") from None
+        raise DatasetError(f"{_plain(str(path))}: {_plain(str(error))[:300]}") from None
     except RecursionError:
-        raise DatasetError(plain(f"{path}: metadata nested too deeply")) from None
+        raise DatasetError(_plain(f"{path}: metadata nested too deeply")) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -388,14 +388,14 @@ def _require(holds: bool, message: str) -> None:
         raise DatasetError(message)
 
 
-def plain(value: Any, keep: str = "") -> Any:
+def _plain(value: Any, keep: str = "") -> Any:
     """A JSON value whose texts hold printable characters alone (others escaped) and whose numbers are finite or None."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in value)
     if isinstance(value, Mapping):
-        return {plain(str(key)): plain(entry, keep) for key, entry in value.items()}
+        return {_plain(str(key)): _plain(entry, keep) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry, keep) for entry in value]
+        return [_plain(entry, keep) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -236,7 +236,7 @@ class Evaluator:
             playing &= ~step["next", "done"].squeeze(-1).cpu()
         if playing.any():
             logger.warning(
-                "env=%r ends no episode: %d of %d were cut after %d steps; a time limit of its own is shorter",
+                "env=%r: %d of %d episodes had not ended after %d steps and were cut; a time limit ends them sooner",
                 self.spec.id,
                 int(playing.sum()),
                 count,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .dataset import DistilledDataset, write_atomically
-from .pictures import Curves, draw_returns, finish, new_figure
+from .pictures import Curves, draw_returns, label_curves, new_figure
 from .tables import Evaluations, shares
 
 #: Title and curves (metric → label) of each panel; W&B groups the same metrics by what stands before their slash.
@@ -107,14 +107,14 @@ def draw_curves(curves: Curves):
             axes.legend(fontsize="small")
         if all(value > 0 for name in lines for _, value in curves.get(name, ())) and title.startswith("gradient"):
             axes.set_yscale("log")
-        finish(axes, title)
+        label_curves(axes, title)
     if timed:
         axes = next(panels)
         steps = [step for step, _ in curves["time/update"]]
         axes.stackplot(steps, [[share for _, share in curves[name]] for name in TIME], labels=TIME.values(), alpha=0.8)
         axes.set_ylim(0, 1.3)
         axes.legend(fontsize="small", loc="upper center", ncols=3)
-        finish(axes, "share of time")
+        label_curves(axes, "share of time")
     return figure
 
 

@@ -156,9 +156,9 @@ def _encoder(path: str | os.PathLike[str], shape: torch.Size) -> dict[str, Tenso
     content = _read(path)
     if shape != FRAMES:
         raise DatasetError(f"{path}: an encoder, but the dataset's observations are {list(shape)}, not {list(FRAMES)}")
-    if not content:
-        raise DatasetError(f"{path}: holds nothing; expected the first layers of the Nature CNN")
     tensors = {str(name): _floats(path, name, value) for name, value in content.items()}
+    if not sum(value.numel() for value in tensors.values()):
+        raise DatasetError(f"{path}: holds nothing; expected the first layers of the Nature CNN")
     try:
         encoder_from(tensors)
     except ValueError as error:

@@ -234,8 +234,8 @@ class ModuleFamily(LearnerFamily):
 
     Args:
         factory: called as ``factory(observation_shape, outputs)``; returns a module that maps observations
-            [B, *observation_shape] to [B, outputs], initialised at random, of the same architecture at each call. By
-            class path in a config.
+            [B, *observation_shape] to [B, outputs], of the same architecture at each call, all that is random in it being
+            parameters and buffers. By class path in a config.
     """
 
     def __init__(self, factory: Callable[[Sequence[int], int], nn.Module]) -> None:
@@ -265,16 +265,24 @@ class ModuleFamily(LearnerFamily):
 def _described(factory: Any) -> str:
     """Its class path; of a partial one the arguments too."""
     if isinstance(factory, partial):
-        arguments = [*map(repr, factory.args), *(f"{name}={value!r}" for name, value in factory.keywords.items())]
+        arguments = [
+            *map(_shown, factory.args),
+            *(f"{name}={_shown(value)}" for name, value in factory.keywords.items()),
+        ]
         return f"functools.partial({', '.join([_described(factory.func), *arguments])})"
     return f"{getattr(factory, '__module__', '?')}.{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _shown(value: Any) -> str:
+    """As Python writes it; of what it knows by its address alone the type."""
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def stack_parameters(modules: Sequence[nn.Module]) -> Params:
     """Parameters and buffers of K modules of one architecture, copied, each [K, …].
 
     Raises:
-        ValueError: they differ in name or shape, or in a tensor that is neither.
+        ValueError: they differ in name or shape.
     """
     states = [
         {FIXED * (not parameter.requires_grad) + name: parameter for name, parameter in module.named_parameters()}
@@ -286,18 +294,6 @@ def stack_parameters(modules: Sequence[nn.Module]) -> Params:
             first, this = (s[name].shape if name in s else None for s in (states[0], state))
             if first != this:
                 raise ValueError(f"modules of one architecture are needed: {name} is {first} in 0, {this} in {index}")
-    first, *others = (
-        {
-            f"{name}.{attribute}".lstrip("."): value
-            for name, part in module.named_modules()
-            for attribute, value in vars(part).items()
-            if isinstance(value, Tensor)
-        }
-        for module in modules
-    )
-    for name, value in first.items():
-        if not all(name in other and torch.equal(value, other[name]) for other in others):
-            raise ValueError(f"{name}: a tensor that differs between modules and is no parameter: make it a buffer")
     return {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
 
 
@@ -311,6 +307,30 @@ class StackedModules(Learners):
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
         self._output_layer: str | None = None
+
+    @torch.no_grad()
+    def check(self, modules: Sequence[nn.Module], params: Params, observations: Tensor) -> None:
+        """Raise ``ValueError`` unless each of these modules does what the stack does with its parameters [K, …].
+
+        What a module keeps beside parameters and buffers would be the first one's for all. One that does not do the same twice is let pass.
+
+        Args:
+            observations: [B, *observation_shape].
+        """
+        if len(modules) < 2:
+            return
+        together = self.forward(params, observations.expand(len(modules), *observations.shape))
+        for index, module in enumerate(modules):
+            alone, own = (
+                StackedModules(copy.deepcopy(module)),
+                {name: p[index : index + 1] for name, p in params.items()},
+            )
+            found, again = (alone.forward(own, observations.unsqueeze(0))[0] for _ in range(2))
+            if torch.equal(found, again) and not torch.allclose(found, together[index], rtol=1e-2, atol=1e-3):
+                raise ValueError(
+                    f"module {index} does something else than the first one with its parameters and buffers: what else differs "
+                    "between modules has to be a buffer"
+                )
 
     def forward(self, params: Params, observations: Tensor) -> Tensor:
         return self._run(partial(_call, self.module), params, observations)

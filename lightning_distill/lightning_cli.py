@@ -127,12 +127,12 @@ class DistillCLI(LightningCLI):
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
-        if self._get(self.config, "trainer").get("logger") is False and os.path.exists(
-            os.path.join(root, "config.yaml")
-        ):
+        trainer = self._get(self.config, "trainer")
+        holds_one = os.path.exists(os.path.join(root, "config.yaml"))
+        if trainer.get("logger") is False and not trainer.get("fast_dev_run") and holds_one:
             raise ConfigError(
-                f"trainer.default_root_dir={root!r}: holds a run already (config.yaml), and without loggers runs have no folders "
-                "of their own; allowed is a folder without one"
+                f"trainer.default_root_dir={root!r}: has a config.yaml already, and without loggers runs have no folders of their own; "
+                "allowed is a folder without one (--ckpt_path=FILE goes on from a run in another)"
             )
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")

@@ -18,7 +18,7 @@ from .dataset import DistilledDataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ WIDTH = 12
 BARS = 0.3
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -70,7 +71,7 @@ def draw_learning_curve(curves: Curves, path: Path) -> Path:
 
 
 def draw_returns(axes: Axes, curves: Curves) -> None:
-    """The same in somebody's axes, with confidence intervals where they were logged."""
+    """Into axes: returns of training, validation and held-out learners, with confidence intervals where they were logged."""
     if "return" in curves:
         axes.plot(*zip(*curves["return"], strict=True), color="#9aa5b1", label="training (last 100 episodes)")
     evaluated = {"val": "validation"}
@@ -87,10 +88,10 @@ def draw_returns(axes: Axes, curves: Curves) -> None:
     if "val/return_worst" in curves:
         axes.plot(*zip(*curves["val/return_worst"], strict=True), ":", color="#555", label="validation: the worst")
     axes.legend(fontsize="small")
-    finish(axes, "return (bands: 95 % confidence intervals of the mean)")
+    label_curves(axes, "return (bands: 95 % confidence intervals of the mean)")
 
 
-def finish(axes: Axes, title: str) -> None:
+def label_curves(axes: Axes, title: str) -> None:
     """Title, grid and ticks as all panels of curves have them."""
     axes.set_title(title, fontsize="medium", loc="left")
     axes.grid(alpha=0.25)

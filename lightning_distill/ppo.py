@@ -410,7 +410,7 @@ class PPO(L.LightningModule):
         """Logits or means [*batch, d] of the one policy as it is, with the normaliser of this moment.
 
         Args:
-            observations: of an environment, [*batch, *obs].
+            observations: of an environment, [*batch, *obs], of one batch dimension or more.
         """
         batch = observations.shape[: observations.dim() - len(self.spec.observation_shape)]
         inputs = self.encode(observations.flatten(0, len(batch) - 1), self.running_normaliser())

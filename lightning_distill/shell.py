@@ -7,6 +7,7 @@ standard output. Bad input ends with exit code 2 and one line on standard error.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from . import dataset as datasets
-from .dataset import DistilledDataset, load, plain
+from .dataset import DistilledDataset, load
 from .envs import Backend, ConfigError
 
 if TYPE_CHECKING:
@@ -451,4 +452,13 @@ def _console() -> Console:
 
 
 def _print_json(value: Any) -> None:
-    print(dumps(plain(value), indent=2, allow_nan=False))
+    print(dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: the interval of a single learner is null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

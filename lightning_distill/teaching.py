@@ -33,6 +33,8 @@ from .step_rules import STEP_RULES, StepRule, best_steps
 if TYPE_CHECKING:
     from .dataset import DistilledDataset
 
+#: Pairs on which modules are compared before they are stacked.
+CHECKED = 8
 LOG_STD_NAMES = ("log_std", "logstd")
 
 
@@ -240,7 +242,7 @@ def teach_many(
         device: where a family is drawn and taught; modules stay where they are.
 
     Raises:
-        ValueError: as :func:`teach`; or the modules differ in architecture.
+        ValueError: as :func:`teach`; or the modules differ in architecture, or in what is neither parameter nor buffer.
     """
     dataset = load(dataset) if isinstance(dataset, str) else dataset
     rule, numbers = _step_rule(dataset, step_rule)
@@ -255,6 +257,8 @@ def teach_many(
                 raise ValueError(f"learners={learners} with {len(family)} modules: allowed is None with 1 or more")
             params = stack_parameters(family)
             stack = StackedModules(copy.deepcopy(family[0]))
+            with _accepting(dataset), keep_random_state(_like(params).device):
+                stack.check(family, params, dataset.learner_inputs()[:CHECKED].to(_like(params)))
         taught = _step(rule, numbers, stack, params, dataset)
         return StackedPolicy(stack.forward, taught, dataset.to(_like(params).device)).eval()
 

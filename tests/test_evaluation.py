@@ -298,7 +298,7 @@ def test_what_ends_no_episode_is_cut_and_said(monkeypatch, caplog):
     monkeypatch.setattr(Signs, "ends", False)
     monkeypatch.setattr("lightning_distill.evaluation.LONGEST_EPISODE", 7)
     assert evaluate(signs_dataset(), learners=3, greedy=True).returns.tolist() == [[7.0]] * 3
-    assert "env='Signs-v0' ends no episode: 3 of 3 were cut after 7 steps" in caplog.text
+    assert "env='Signs-v0': 3 of 3 episodes had not ended after 7 steps" in caplog.text
 
 
 @pytest.mark.parametrize(

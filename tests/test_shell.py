@@ -199,8 +199,11 @@ def test_show_abbreviates_long_tables(tmp_path, capsys):
 
 
 def test_show_json_holds_all(path, capsys):
-    main(["show", path, "--json"])
-    told, pairs = read_json(capsys), dataset.load(path)
+    config = "fit:\n  seed: 1\n"
+    pairs = dataset.load(path).with_metadata(config=config)
+    main(["show", str(pairs.save("configured.safetensors")), "--json"])
+    told = read_json(capsys)
+    assert told["metadata"]["config"] == config
     assert torch.equal(torch.tensor(told["observations"]), pairs.observations)
     assert torch.equal(torch.tensor(told["targets"]), pairs.targets)
     assert told["learning_rate"] == pairs.learning_rate.item()

@@ -153,14 +153,33 @@ def test_only_what_is_trainable_takes_the_step():
     assert {name for name in params if name.startswith(FIXED)} == params.keys() - moved
 
 
-def test_a_tensor_that_is_no_buffer_may_not_differ_between_modules():
-    modules = [nn.Linear(17, 6), nn.Linear(17, 6)]
-    for module in modules:
-        module.mask = torch.ones(6)
-    assert teach_many(modules, make_dataset())
-    modules[1].mask = torch.zeros(6)
-    with pytest.raises(ValueError, match=r"mask: a tensor that differs between modules .* make it a buffer"):
-        teach_many(modules, make_dataset())
+class Masked(nn.Linear):
+    """Keeps what it is told beside its parameters and buffers, and remembers what it was asked last."""
+
+    def __init__(self, mask) -> None:
+        super().__init__(17, 6)
+        self.kept, self.last = [mask], None
+
+    def forward(self, observations: Tensor) -> Tensor:
+        self.last = observations
+        outputs = super().forward(observations)
+        return outputs if self.kept[0] is None else outputs * self.kept[0]
+
+
+@pytest.mark.parametrize("masks", [(torch.ones(6), torch.zeros(6)), (None, torch.zeros(6)), (torch.zeros(6), None)])
+def test_modules_may_not_differ_in_what_is_no_buffer(masks):
+    with pytest.raises(ValueError, match=r"module 1 does something else than the first .* has to be a buffer"):
+        teach_many([Masked(mask) for mask in masks], make_dataset())
+
+
+def test_modules_may_remember_what_does_not_matter():
+    remembering, spectral = [Masked(torch.ones(6)) for _ in range(2)], [nn.Linear(17, 6) for _ in range(2)]
+    remembering[0](torch.zeros(1, 17))
+    for modules in (remembering, [nn.utils.spectral_norm(module) for module in spectral]):
+        taught, observations = teach_many(modules, make_dataset()), torch.randn(2, 3, 17)
+        for index, module in enumerate(modules):
+            alone = teach(module, make_dataset())
+            torch.testing.assert_close(taught(observations)[index], alone(observations[index]), rtol=1e-3, atol=1e-3)
 
 
 def test_families_of_one_module_with_other_arguments_are_told_apart():
