@@ -26,8 +26,12 @@ from lightning_distill.dataset import DistilledDataset
 ROOT = costs.COSTS.parents[1]
 
 
-#: A config in a command, and what is said of its environment steps before the next one.
-RUN = re.compile(r"(conf/\S+\.yaml)(?:(?!conf/).)*?(?:--data\.env_steps=([\d_]+)|(?=conf/|$))")
+def runs_of(command: str) -> list[tuple[str, str]]:
+    """Configs in a command, each with the environment steps that are said of it before the next; "" where none are."""
+    parts = [f"conf/{part}" for part in command.split("conf/")[1:]]
+    steps = [re.search(r"--data\.env_steps=([\d_]+)", part) for part in parts]
+    configs = [re.match(r"\S+\.yaml", part).group() for part in parts]
+    return [(config, found.group(1) if found else "") for config, found in zip(configs, steps, strict=True)]
 
 
 def minutes(config: str, steps: str = "") -> tuple[float, int]:
@@ -54,7 +58,7 @@ def main() -> None:
     rows = []
     for name in args.datasets:
         dataset = load(name)
-        runs = RUN.findall(dataset.metadata["command"])
+        runs = runs_of(dataset.metadata["command"])
         distil = sum(minutes(config, steps)[0] for config, steps in runs)
         ppo, steps = minutes(f"conf/ppo/{Path(runs[-1][0]).name}")
         one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))

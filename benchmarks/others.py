@@ -21,9 +21,14 @@ FOUND = Path(__file__).parent / "others.json"
 LEARNERS, SEED = 300, 2
 
 
+def kept() -> dict[str, dict[str, Any]]:
+    """All that was found, by the files' names."""
+    return json.loads(FOUND.read_text()) if FOUND.is_file() else {}
+
+
 def found(name: str, dataset: DistilledDataset) -> dict[str, Any] | None:
     """What was found of a file of the zoo; None of one that was made since."""
-    entry = json.loads(FOUND.read_text()).get(name, {}) if FOUND.is_file() else {}
+    entry = kept().get(name, {})
     return entry if entry.get("created") == dataset.metadata["created"] else None
 
 
@@ -39,9 +44,8 @@ def main() -> None:
         # Of costs (Pusher, Reacher) no share of the mean says who failed.
         failed = int((returns < evaluation.mean / 2).sum()) if evaluation.mean > 0 else None
         entry = evaluation.as_dict() | {"failed": failed, "created": dataset.metadata["created"]}
-        entries = json.loads(FOUND.read_text()) if FOUND.is_file() else {}
-        entries[name] = entry
-        write_atomically(FOUND, (json.dumps(dict(sorted(entries.items())), indent=1) + "\n").encode())
+        entries = sorted((kept() | {name: entry}).items())
+        write_atomically(FOUND, (json.dumps(dict(entries), indent=1) + "\n").encode())
         print(f"{name:24} {entry['mean']:9.1f} ± {entry['ci95']:.1f}, worst {entry['worst']:.1f}, failed: {failed}")
 
 

@@ -85,9 +85,9 @@ class CollectorDataModule(L.LightningDataModule):
         # A run may go on with other processes or environments: what is left counts in environment steps.
         module, processes = self.trainer.lightning_module, self.trainer.world_size
         iterations, env_steps = module.resumed
-        left = self.env_steps - (env_steps or module.first_steps * processes)
+        steps_left = self.env_steps - (env_steps or module.first_steps * processes)
         # Not round(), by which 1.5 and 2.5 are both 2: a run would be longer for having been resumed.
-        left = max(0, math.floor(left / (self.num_envs * self.rollout_length * processes) + 0.5))
+        left = max(0, math.floor(steps_left / (self.num_envs * self.rollout_length * processes) + 0.5))
         self._rollouts = Rollouts(self, max(1, iterations + left))
         return self._rollouts
 

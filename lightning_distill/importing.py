@@ -24,7 +24,7 @@ from .envs import env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import check_matches, trained_family
 from .learners import MLP
 from .moments import RunningMoments
-from .nature import FRAMES, WHITE, NatureCNN, encoder_from
+from .nature import FRAMES, LEVELS, WHITE, NatureCNN, make_encoder
 from .teaching import keep_random_state, teach_many
 
 DISCRETE, CONTINUOUS = ("x", "y", "inner_lr"), ("x", "y_mean", "y_logstd", "inner_lr")
@@ -156,11 +156,14 @@ def _encoder(path: str | os.PathLike[str], shape: torch.Size) -> dict[str, Tenso
     content = _read(path)
     if shape != FRAMES:
         raise DatasetError(f"{path}: an encoder, but the dataset's observations are {list(shape)}, not {list(FRAMES)}")
-    tensors = {str(name): _floats(path, name, value) for name, value in content.items()}
-    if not sum(value.numel() for value in tensors.values()):
-        raise DatasetError(f"{path}: holds nothing; expected the first layers of the Nature CNN")
-    try:
-        encoder_from(tensors)
-    except ValueError as error:
-        raise DatasetError(f"{path}: {error}") from None
+    with torch.device("meta"):  # shapes alone: nothing is drawn at random
+        expected = make_encoder(min(max(1, len(content) // 2), LEVELS)).state_dict()
+    if set(content) != set(expected):
+        raise DatasetError(
+            f"{path}: holds {', '.join(map(str, content))[:200]}; expected the first layers of the Nature CNN: {', '.join(expected)}"
+        )
+    tensors = {name: _floats(path, name, value) for name, value in content.items()}
+    for name, value in tensors.items():
+        if value.shape != expected[name].shape:
+            raise DatasetError(f"{path}: {name}: shape {list(value.shape)}, expected {list(expected[name].shape)}")
     return tensors

@@ -121,13 +121,13 @@ class DistillCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
         # Evaluations are gathered before they are logged: all processes log the same.
         warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
-        root = self._get(self.config, "trainer").get("default_root_dir") or os.getcwd()
+        trainer = self._get(self.config, "trainer")
+        root = trainer.get("default_root_dir") or os.getcwd()
         try:
             os.makedirs(root, exist_ok=True)
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
-        trainer = self._get(self.config, "trainer")
         holds_one = os.path.exists(os.path.join(root, "config.yaml"))
         if trainer.get("logger") is False and not trainer.get("fast_dev_run") and holds_one:
             raise ConfigError(
