@@ -3,7 +3,7 @@
     python benchmarks/break_even.py cartpole_1d_plain halfcheetah_plain
 
 For each dataset of the zoo whose environment has a config in conf/ppo/: CPU minutes of all the training that its command's configs
-and that one ask for, extrapolated from their first iterations as in costs.py, and the time to teach. Of a command's options `--data.env_steps` is known,
+and that one ask for, extrapolated from their first iterations as in costs.py, and the time to teach; a table in RESULTS.md, and docs/break_even.png. Of a command's options `--data.env_steps` is known,
 others that change what a run takes are not. Returns are those of the files: the dataset's, and of PPO those in benchmarks/records/.
 """
 
@@ -19,11 +19,15 @@ import costs
 import marked
 import results
 import torch
+from matplotlib.figure import Figure
 
 from lightning_distill import MLP, load, teach_many
 from lightning_distill.dataset import DistilledDataset
 
 ROOT = costs.COSTS.parents[1]
+PICTURE = ROOT / "docs" / "break_even.png"
+#: Of how many agents the picture shows the time.
+AGENTS = (1, 1000)
 
 
 def runs_of(command: str) -> list[tuple[str, str]]:
@@ -50,18 +54,33 @@ def teaching_seconds(dataset: DistilledDataset, learners: int) -> float:
     return taken
 
 
+def draw(times: dict[str, tuple[float, float, float]]) -> None:
+    """Minutes against the number of agents, by dataset; each of (distilling, teaching one, one PPO run) in minutes."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    agents = torch.logspace(*(math.log10(end) for end in AGENTS), 100)
+    for (name, (distil, teach, ppo)), colour in zip(times.items(), ("C0", "C1", "C2", "C3", "C4"), strict=False):
+        axes.plot(agents, distil + teach * agents, colour, label=f"{name}: distil once, teach N")
+        axes.plot(agents, ppo * agents, colour, linestyle="--", label="N runs of direct PPO")
+    axes.set(xscale="log", yscale="log", xlabel="agents N", ylabel="CPU minutes", xlim=AGENTS)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(PICTURE, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, times = [], {}
     for name in args.datasets:
         dataset = load(name)
         runs = runs_of(dataset.metadata["command"])
         distil = sum(minutes(config, steps)[0] for config, steps in runs)
         ppo, steps = minutes(f"conf/ppo/{Path(runs[-1][0]).name}")
         one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))
+        times[name] = distil, thousand / 1000 / 60, ppo
         least = math.floor(distil / (ppo - thousand / 1000 / 60)) + 1
         rows.append(
             [
@@ -79,6 +98,7 @@ def main() -> None:
     header = ["dataset", "distil, minutes", "return of learners", "teach one", "teach 1000", "PPO, minutes"]
     header += ["its return", "100 agents, minutes: taught / PPO", "break-even N"]
     marked.write("break-even", marked.table(header, rows))
+    draw(times)
 
 
 if __name__ == "__main__":

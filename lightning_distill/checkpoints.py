@@ -24,6 +24,9 @@ from .envs import ConfigError
 
 logger = logging.getLogger(__name__)
 
+#: Options of ``data`` that say what is learned from; the others, how long, how fast, and with how many learners it is tested.
+OF_TRAJECTORIES = ("env", "env_kwargs", "max_episode_steps", "rollout_length")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Local checkpoints replace their predecessors in one step; nothing in a checkpoint is executed.
@@ -81,6 +84,12 @@ class RunCheckpoint(ModelCheckpoint):
             return
         due = time.monotonic() - self._saved_at > 60 * self.minutes
         if trainer.strategy.reduce_boolean_decision(due, all=False):
+            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What was trained since the last validation is kept as well, where the last checkpoint is what is kept."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is None and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -161,7 +170,7 @@ def last_checkpoint(root: str | Path, config: Mapping[str, Any]) -> Path | None:
 
     Args:
         root: ``trainer.default_root_dir``.
-        config: the present run's, of which ``seed_everything``, the environment and ``model`` must agree; a run may go on
+        config: the present run's, of which ``seed_everything``, ``model`` and what trajectories are of must agree; a run may go on
             for longer, on other hardware, or with other loggers.
     """
 
@@ -171,7 +180,7 @@ def last_checkpoint(root: str | Path, config: Mapping[str, Any]) -> Path | None:
 
     def identity(settings: Mapping[str, Any]) -> Any:
         data = settings.get("data") or {}
-        parts = (settings.get("seed_everything"), data.get("env"), data.get("env_kwargs"), settings.get("model"))
+        parts = (settings.get("seed_everything"), settings.get("model"), *map(data.get, OF_TRAJECTORIES))
         return [given(part) or None for part in parts]
 
     newest_first = sorted(Path(root).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -61,7 +61,10 @@ class TrainedPolicy(Expert):
     """The policy in a checkpoint of :class:`PPO`. Nothing that the checkpoint holds is executed."""
 
     def __init__(self, path: str, spec: EnvSpec) -> None:
-        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        try:
+            checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("ckpt_path=", "model.expert=", 1)) from error
         settings, state = checkpoint.get("hyper_parameters", {}), checkpoint.get("state_dict", {})
         if "actor.weights.0" not in state:
             raise ConfigError(

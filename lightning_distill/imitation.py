@@ -25,8 +25,9 @@ class Imitation(MetaPPO):
     """Distils an expert into a synthetic batch: what fresh learners would do after the step is compared with what it does.
 
     The expert acts; the loss is KL(expert ‖ learner) in the states that it visits, back-propagated through the step. Pairs
-    begin as random states of its episodes with its outputs; normaliser and noise are the expert's. There is no noise of
-    returns in it, so it takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
+    begin as random states of its episodes with its outputs, as they are before ``observation_gain``: where that is small pairs lie
+    further out than what learners are fed, for a longer step. Normaliser and noise are the expert's, ``log_std_min`` or not. There is no
+    noise of returns in it, so it takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
     Where actions are clipped to bounds, means beyond the same bound count as alike (:func:`within`).
     Learners' own states (DAgger, Ross et al. 2011) make a worse batch: those of learners that fall over outweigh all others.
 
@@ -90,7 +91,7 @@ class Imitation(MetaPPO):
     def _episodes(self) -> Tensor:
         """States [m, *obs] in which the expert acted."""
         data = self.trainer.datamodule
-        env = make_env(self.spec, EPISODES, stream_seed(self.seed, 0, 5), data.backend, data.threads, "cpu")
+        env = make_env(self.spec, EPISODES, stream_seed(self.seed, self.rank, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
             for _ in range(10 if self.trainer.fast_dev_run else STEPS):

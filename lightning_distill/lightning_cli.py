@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
 from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
+from .configs import with_shipped_config
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
@@ -70,7 +71,7 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The defaults are the first of the config files, so that their interpolations see what later ones say."""
-        given = list(sys.argv[1:] if args is None else args)
+        given = [with_shipped_config(argument) for argument in (sys.argv[1:] if args is None else args)]
         if given and given[0] in self.subcommands():
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
         self.config = parser.parse_args(given)

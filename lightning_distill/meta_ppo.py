@@ -114,6 +114,8 @@ class MetaPPO(PPO):
             start=start,
             **kwargs,
         )
+        if self.spec.frames and observation_gain != 1:
+            raise ConfigError(f"model.observation_gain={observation_gain}: frames have none; allowed is 1")
 
     def _at_encoder_level(self, dataset: DistilledDataset) -> DistilledDataset:
         return with_encoder_level(dataset, self.encoder_level, self.family)

@@ -26,7 +26,7 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     Args:
         path: a YAML file of stages in their order, name → what ``lightning fit`` is given. In it ``${NAME}`` is the folder of an earlier
             stage's run, with ``distilled.safetensors`` or, of direct RL, ``checkpoints/last.ckpt``.
-        folder: where runs go, those of a stage below ``folder / name``. A stage that finished with the same arguments is not run again;
+        folder: where runs go, those of a stage below ``folder / name``. A stage that finished with the same config is not run again;
             one that was stopped goes on from its last checkpoint.
         options: more options of ``lightning fit``, for every stage, such as ``--seed_everything=2``.
         output: file for what the runs print; default: standard output.
@@ -41,8 +41,10 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     stages = _read(path)
     places = {name: f"{folder / name}/VERSION" for name in stages}
     for name, command in stages.items():
-        if problem := _problem([*_arguments(command, places), *options]):
-            raise ConfigError(f"{path}: stage {name!r}: {problem}")
+        try:
+            _config([*_arguments(command, places), *options])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: stage {name!r}: {error}") from None
     finished: dict[str, Path] = {}
     for name, command in stages.items():
         arguments = [*_arguments(command, finished), *options]
@@ -75,27 +77,32 @@ def _arguments(command: str, folders: dict[str, Any]) -> list[str]:
     return [Template(word).substitute(folders) for word in shlex.split(command)]
 
 
-def _problem(arguments: Sequence[str]) -> str | None:
-    """What ``lightning fit`` says of arguments that it does not understand."""
+def _config(arguments: Sequence[str]) -> str:
+    """The whole config of ``lightning fit`` with these arguments; what it says of them, if it does not understand, is the error."""
     from .lightning_cli import run
 
-    said = io.StringIO()
+    config, said = io.StringIO(), io.StringIO()
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(said):
+        with redirect_stdout(config), redirect_stderr(said):
             run(["fit", *arguments, "--print_config"])
     except SystemExit as ended:
-        return said.getvalue().strip().rpartition("error: ")[2] if ended.code else None
-    return None
+        if ended.code:
+            raise ConfigError(said.getvalue().strip().rpartition("error: ")[2]) from None
+    return config.getvalue()
 
 
 def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     """The folder of a stage's finished run."""
-    record = root / "finished.json"
-    if record.is_file() and (last := json.loads(record.read_text()))["arguments"] == arguments:
+    record, begun, config = root / "finished.json", root / "config.yaml", _config(arguments)
+    if record.is_file() and (last := json.loads(record.read_text())).get("config") == config:
         return Path(last["folder"])
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
-    command += [f"--trainer.default_root_dir={root}", "--ckpt_path=last"]
+    command += [f"--trainer.default_root_dir={root}"]
+    if begun.is_file() and begun.read_text() == config:
+        command += ["--ckpt_path=last"]
+    else:  # what another config has learned is no beginning of this one
+        write_atomically(begun, config.encode())
     process = subprocess.Popen(command, stdout=output)
     # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself.
     before = {
@@ -113,5 +120,5 @@ def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     if not checkpoints:
         raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
     run = checkpoints[-1].parents[1]
-    write_atomically(record, json.dumps({"arguments": arguments, "folder": str(run)}).encode())
+    write_atomically(record, json.dumps({"config": config, "folder": str(run)}).encode())
     return run

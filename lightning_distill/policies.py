@@ -63,7 +63,7 @@ class ActionNoise(nn.Module):
         self.continuous = spec.action_type == "continuous"
         if self.continuous:
             self.log_std_min = log_std_min
-            self.relative = nn.Parameter(torch.full((spec.actions,), log_std))
+            self.relative = nn.Parameter(torch.full((spec.actions,), max(log_std, log_std_min)))
             half_range = (torch.tensor(spec.action_high) - torch.tensor(spec.action_low)) / 2
             half_range = torch.where(half_range.isfinite(), half_range, torch.ones_like(half_range))
             self.register_buffer("log_half_range", half_range.log(), persistent=False)
@@ -75,7 +75,15 @@ class ActionNoise(nn.Module):
 
         A dataset's noise has been annealed: with it a run by reward would find nothing more.
         """
-        self.relative.copy_((log_std.to(self.relative.device) - self.log_half_range).clamp(min=self.log_std_min))
+        self.relative.copy_(log_std.to(self.relative.device) - self.log_half_range)
+        self.keep_minimum()
+
+    @torch.no_grad()
+    def keep_minimum(self) -> None:
+        """Back to the minimum where an update went below. A bound on what is learned from would have no gradient there: noise
+        that reached it once could never grow again."""
+        if self.continuous:
+            self.relative.clamp_(min=self.log_std_min)
 
     def anneal(self, share: float) -> None:
         """From now on noise is this share, in (0, 1], of what is learned."""
@@ -87,4 +95,4 @@ class ActionNoise(nn.Module):
         """Log standard deviation [d] of actions in the environment's units; None if discrete."""
         if not self.continuous:
             return None
-        return self.relative.clamp(min=self.log_std_min) + self.log_share + self.log_half_range
+        return self.relative + self.log_share + self.log_half_range

@@ -49,11 +49,18 @@ PRECISIONS = ("32-true", "bf16-mixed")
 VALUE_CHUNK = 2**24
 
 
-def check_env(checkpoint: dict[str, Any], env: str) -> None:
-    """Raise ``ConfigError`` unless a checkpoint is of this environment."""
+def check_env(checkpoint: dict[str, Any], env: str, kwargs: dict[str, Any] | None = None) -> None:
+    """Raise ``ConfigError`` unless a checkpoint is of this environment and, where they are given, of these arguments of it."""
     saved = checkpoint.get("env")
-    if saved is not None and saved["id"] != env:
+    if saved is None:
+        return
+    if saved["id"] != env:
         raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={env!r}")
+    if kwargs is not None and saved["kwargs"] != kwargs:
+        raise ConfigError(
+            f"ckpt_path: a checkpoint of data.env_kwargs={saved['kwargs']}, but here they are {kwargs}; what it has learned is trained "
+            "elsewhere from its dataset (--model.start=FILE)"
+        )
 
 
 class LinearAnneal(LambdaLR):
@@ -291,6 +298,10 @@ class PPO(L.LightningModule):
         actor_optimizer, critic_optimizer = self.optimizers()
         actor_params, critic_params = list(self.actor.parameters()), self._critic_params()
         count = samples["advantage"].shape[1]
+        if count < self.minibatches:
+            raise ConfigError(
+                f"model.minibatches={self.minibatches}: a rollout has {count} samples of each learner; allowed are at most as many"
+            )
         device = samples["advantage"].device
         metrics: dict[str, list[Tensor]] = {}
         stopped = False
@@ -318,6 +329,7 @@ class PPO(L.LightningModule):
                 found["gradient/critic"] = clipped_step(critic_optimizer, critic_params, self.max_grad_norm)
                 if not stopped:
                     found["gradient/actor"] = clipped_step(actor_optimizer, actor_params, self.max_grad_norm)
+                    self.actor.noise.keep_minimum()
                 for name, tensor in found.items():
                     metrics.setdefault(name, []).append(tensor.detach())
         actor_optimizer.zero_grad()
@@ -454,7 +466,14 @@ class PPO(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.trainer.precision!r}: allowed are {', '.join(PRECISIONS)}")
-        self.seed, self.rank = torch.initial_seed() % 2**31, self.global_rank
+        if self.trainer.max_steps != -1:
+            # Lightning counts each optimiser's steps there, schedules count iterations.
+            raise ConfigError(
+                f"trainer.max_steps={self.trainer.max_steps}: allowed is -1; data.env_steps says how long a run is"
+            )
+        if self.resumed == (0, 0):  # else the checkpoint's
+            self.seed = torch.initial_seed() % 2**31
+        self.rank = self.global_rank
         # Lightning runs training alone in the Trainer's precision; policies act in the same.
         self._precision = self.trainer.precision_plugin.forward_context
         self._began_at = time.perf_counter()
@@ -472,9 +491,10 @@ class PPO(L.LightningModule):
         checkpoint |= {"env": self.spec.as_dict(), "family": self.family.describe(), "seed": self.seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_env(checkpoint, self.spec.id)
+        goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
+        check_env(checkpoint, self.spec.id, self.spec.kwargs if goes_on else None)
         self.seed = checkpoint.get("seed", self.seed)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        if goes_on:
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
         # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
         loop = checkpoint.get("loops", {}).get("fit_loop")

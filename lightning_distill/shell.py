@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from . import dataset as datasets
+from .configs import with_shipped_config
 from .dataset import DistilledDataset, load
 from .envs import Backend, ConfigError
 
@@ -288,7 +289,9 @@ def search(
 
     from .search import smallest
 
-    found, trials, level = smallest(config, pairs, level, share, Path(output), _with_dashes(option))
+    found, trials, level = smallest(
+        with_shipped_config(config), pairs, level, share, Path(output), _with_dashes(option)
+    )
     if json:
         rows = [{"pairs": trial.pairs, "path": str(trial.path)} | trial.entry for trial in trials]
         _print_json({"smallest": found and found.pairs, "level": level, "runs": rows})
@@ -314,7 +317,7 @@ def pipeline(config: str, option: list[str] | None = None, output: str | None = 
     from .pipeline import run_pipeline
 
     folder = Path(output or Path("runs", "pipelines", Path(config).stem))
-    runs = run_pipeline(config, folder, _with_dashes(option), sys.stderr if json else None)
+    runs = run_pipeline(with_shipped_config(config), folder, _with_dashes(option), sys.stderr if json else None)
     if json:
         _print_json({name: str(run) for name, run in runs.items()})
         return

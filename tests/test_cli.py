@@ -44,6 +44,22 @@ def refused(capsys, monkeypatch, *args):
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", [["--config", "conf/cartpole_3d.yaml"], ["--config=conf/cartpole_3d.yaml"]])
+def test_shipped_configs_are_found_from_anywhere(here, monkeypatch, capsys, config):
+    with pytest.raises(SystemExit) as exit_:
+        lightning("fit", *config, "--print_config", monkeypatch=monkeypatch)
+    assert exit_.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["env"] == "CartPole3D-v0"
+
+
+def test_a_config_where_the_command_is_typed_comes_first(here, monkeypatch, capsys):
+    (here / "conf").mkdir()
+    (here / "conf" / "cartpole_3d.yaml").write_text("data: {env: Acrobot-v1}")
+    with pytest.raises(SystemExit):
+        lightning("fit", "--config=conf/cartpole_3d.yaml", "--print_config", monkeypatch=monkeypatch)
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["env"] == "Acrobot-v1"
+
+
 def test_the_best_is_tested_whatever_else_is_kept(here, monkeypatch):
     tested = []
 

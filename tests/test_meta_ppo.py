@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, teach_many
-from lightning_distill.envs import EnvSpec
+from lightning_distill.envs import EnvSpec, env_spec
 from lightning_distill.objectives import generalized_advantages
 from lightning_distill.ppo import PPO
 
@@ -291,8 +291,8 @@ def test_noise_falls_to_its_final_share_late():
         def begin_rollout(self):
             super().begin_rollout()
             with torch.no_grad():
-                learned = self.actor.noise.relative.clamp(min=self.actor.noise.log_std_min)
-                self.seen = (*self.seen, (self.log_std - self.actor.noise.log_half_range - learned).exp())
+                noise = self.actor.noise
+                self.seen = (*self.seen, (self.log_std - noise.log_half_range - noise.relative).exp())
 
     module = small_run("Pendulum-v1", Seen, iterations=10, pairs=3, learners=4, final_noise=0.2)
     shares = torch.stack(module.seen).squeeze(1)
@@ -302,6 +302,30 @@ def test_noise_falls_to_its_final_share_late():
     for name, value in (("final_noise", 1.5), ("noise_falls_from", 1.0)):
         with pytest.raises(ConfigError, match=rf"model\.{name}={value}"):
             MetaPPO(SPECS["continuous"], **{name: value})
+
+
+def test_noise_at_its_minimum_can_grow_again():
+    module = MetaPPO(SPECS["continuous"], log_std=-1.4, log_std_min=-1.5)
+    noise = module.actor.noise
+    optimizer = torch.optim.SGD(noise.parameters(), lr=1.0)
+    seen = []
+    for wanted in (-1.0, 0.25):  # less noise, then more
+        optimizer.zero_grad()
+        (-wanted * module.log_std.sum()).backward()
+        optimizer.step()
+        noise.keep_minimum()
+        seen.append((module.log_std - noise.log_half_range).detach().round(decimals=5).unique().tolist())
+    assert seen == [[-1.5], [-1.25]]
+
+
+def test_what_cannot_be_learned_from_is_named():
+    with pytest.raises(ConfigError, match=r"model\.minibatches=4: a rollout has 2 samples"):
+        small_run(learners=8, data={"rollout_length": 1})
+    data = CollectorDataModule("CartPole-v1", env_steps=640, num_envs=16, rollout_length=20)
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps=5"):
+        trainer(max_steps=5).fit(MetaPPO(data.spec, learners=4), data)
+    with pytest.raises(ConfigError, match=r"model\.observation_gain=0\.5: frames"):
+        MetaPPO(env_spec("ALE/Pong-v5"), family="nature", observation_gain=0.5)
 
 
 def test_noise_is_learned_at_a_rate_of_its_own():

@@ -153,6 +153,52 @@ def test_best_so_far_comes_along(here):
     assert env_steps(second / "checkpoints" / "last.ckpt") == 12_800
 
 
+def test_what_is_learned_after_the_last_validation_is_kept(here):
+    """The end of a run that validates at 60 % of it, and a longer one from there."""
+    fit("--data.env_steps=6_400", "--trainer.val_check_interval=0.6")
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    assert env_steps(run / "checkpoints" / "last.ckpt") == 6_400
+    end = load(run / "last.safetensors").metadata
+    assert end["env_steps"] == 6_400
+    assert not end["returns"], "those of the validation are of other pairs"
+    assert load(run / "distilled.safetensors").metadata["env_steps"] == 3_840
+    fit("--data.env_steps=7_680", "--ckpt_path=last")
+    assert logged_steps(run.parent / "version_1") == [7_040, 7_680]
+
+
+def test_without_checkpoints_the_best_dataset_is_not_replaced_by_the_end(here, monkeypatch):
+    evaluate = MetaPPO.evaluate
+
+    def worse_and_worse(self, *args, **kwargs):
+        rows = evaluate(self, *args, **kwargs)
+        for evaluation in rows.values():
+            evaluation.returns.fill_(-float(self.iteration))
+        return rows
+
+    monkeypatch.setattr(MetaPPO, "evaluate", worse_and_worse)
+    fit("--data.env_steps=6_400", "--trainer.enable_checkpointing=false")
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    best, end = (load(run / f"{name}.safetensors").metadata for name in ("distilled", "last"))
+    assert (best["env_steps"], end["env_steps"]) == (1_280, 6_400)
+    assert end["returns"], "the test was of it"
+
+
+def test_a_resumed_run_has_the_seed_of_its_checkpoint(here):
+    fit("--data.env_steps=1_280", "--seed_everything=2")
+    first, second = (here / "runs" / "CartPole-v1" / f"version_{index}" for index in (0, 1))
+    fit("--data.env_steps=2_560", f"--ckpt_path={first / 'checkpoints' / 'last.ckpt'}")
+    assert load(second / "distilled.safetensors").metadata["seed"] == 2
+    assert torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)["seed"] == 2
+
+
+def test_a_run_does_not_go_on_in_another_variant_of_its_environment(here, capsys):
+    fit("--data.env_steps=640")
+    last = here / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit):
+        fit("--data.env_steps=1_280", f"--ckpt_path={last}", "--data.env_kwargs={sutton_barto_reward: true}")
+    assert "data.env_kwargs" in capsys.readouterr().err
+
+
 class StopAfter(L.Callback):
     def __init__(self, iterations):
         self.iterations = iterations

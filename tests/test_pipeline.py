@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_a_stage_begins_with_what_the_one_before_wrote_and_is_not_run_twice(pipe
     main(arguments)
     assert json.loads(capfd.readouterr().out) == runs
     assert set(Path("runs").rglob("version_*")) == before
+
+
+def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline):
+    """Not the finished run, which has no steps left, under another name."""
+    path = pipeline(STAGES.partition("student")[0])
+    folders = []
+    for rollout_length in (32, 32, 16):
+        main(["pipeline", path, "-o", "out", "--option", *OPTIONS, f"data.rollout_length={rollout_length}"])
+        folders.append(Path(json.loads(Path("out/expert/finished.json").read_text())["folder"]))
+    assert folders[0] == folders[1] != folders[2]
+    config = yaml.safe_load((folders[2] / "config.yaml").read_text())
+    assert config["data"]["rollout_length"] == 16
+    with (folders[2] / "metrics.csv").open(newline="") as file:
+        assert [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]] == [128, 256, 384, 512]
 
 
 @pytest.mark.parametrize(

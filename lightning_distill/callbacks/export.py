@@ -27,6 +27,7 @@ class ExportDataset(L.Callback):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.best_return: float | None = None
+        self.validated_at = 0
         self.config = ""
         self.folder = Path()
 
@@ -46,6 +47,7 @@ class ExportDataset(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self.validated_at = int(pl_module.iteration)
         self._write(trainer, pl_module, "last.safetensors")
         mean = pl_module.evaluations[IN_DISTRIBUTION]["sampled"].mean
         if self.best_return is None or mean > self.best_return:
@@ -53,12 +55,15 @@ class ExportDataset(L.Callback):
             self._write(trainer, pl_module, "distilled.safetensors")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+        if pl_module.iteration > self.validated_at:
+            self._write(trainer, pl_module, "last.safetensors", {})
         if not trainer.enable_validation:
-            self._write(trainer, pl_module, "last.safetensors")
-            self._write(trainer, pl_module, "distilled.safetensors")
+            self._write(trainer, pl_module, "distilled.safetensors", {})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
-        self._write(trainer, pl_module, "distilled.safetensors")
+        # Where no checkpoints are kept the test is of the end, which is not the best by validation.
+        of_the_end = trainer.ckpt_path is None and self.best_return is not None
+        self._write(trainer, pl_module, "last.safetensors" if of_the_end else "distilled.safetensors")
 
     def on_exception(self, trainer: L.Trainer, pl_module: MetaPPO, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or pl_module.iteration == 0:
