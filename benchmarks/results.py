@@ -30,6 +30,11 @@ LONGEST_COMMAND = 80
 
 def zoo_table() -> str:
     rows = []
+    in_all = {
+        (command, record["seed"]): f"{total(record, 'env_steps') / 1e6:.2f} M"
+        for (command, _), group in records().items()
+        for record in group
+    }
     for name in zoo():
         dataset = load(name)
         returns = dataset.metadata["returns"]["in-distribution"]
@@ -41,6 +46,7 @@ def zoo_table() -> str:
                 dataset.pairs,
                 dataset.step_rule,
                 f"{dataset.metadata['env_steps'] / 1e6:.2f} M",
+                in_all.get((dataset.metadata["command"], dataset.metadata["seed"]), ""),
                 dataset.metadata["seed"],
                 marked.interval(returns["sampled"]),
                 f"{returns['sampled']['worst']:.1f}",
@@ -50,7 +56,7 @@ def zoo_table() -> str:
                 f"`{dataset.metadata['command']}`",
             ]
         )
-    header = ("dataset", "environment", "pairs", "step rule", "steps", "seed", "sampled", "worst", "greedy")
+    header = ("dataset", "environment", "pairs", "step rule", "its steps", "in all", "seed", "sampled", "worst", "greedy")
     others_header = (f"{others.LEARNERS} others", "worst", "failed")
     return with_commands([*header, "plain step, sampled", *others_header, "command"], rows)
 
@@ -87,9 +93,9 @@ def suite_of(env: str) -> str:
 
 
 def suite_table(suite: str) -> str:
-    theirs = {}
-    for record in authors.records():  # the last of an environment has the most pairs
-        theirs[record["env"]] = record["returns"]["sampled"]["mean"]
+    theirs: dict[int, dict[str, float]] = defaultdict(dict)
+    for record in authors.records():
+        theirs[record["pairs"]][record["env"]] = record["returns"]["sampled"]["mean"]
     rows = []
     for (command, method), group in records().items():
         first, sampled = group[0], [record["returns"]["sampled"] for record in group]
@@ -106,7 +112,7 @@ def suite_table(suite: str) -> str:
                 shown(min(entry["worst"] for entry in sampled)) if "worst" in sampled[0] else "",
                 shown(mean(record["returns"]["greedy"]["mean"] for record in group)),
                 "" if method == "PPO" else of_environment(first["env"], ppo_returns(total(first, "env_steps"))),
-                "" if method == "PPO" else of_environment(first["env"], theirs),
+                "" if method == "PPO" else of_environment(first["env"], theirs[first["pairs"]]),
                 f"`{command}`",
             ]
         )

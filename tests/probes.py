@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, Sequence
 
 
 class Context(gymnasium.Env):
@@ -97,5 +97,11 @@ class Breaks(gymnasium.Env):
         return np.ones(1, dtype=np.float32), 1.0, False, False, {}
 
 
-for probe in (Context, NowOrLater, EndOrTimeLimit, NotANumber, NotAnObservation, Breaks):
+class AnyLength(Context):
+    """Observes as many numbers as it likes: no network is fed those."""
+
+    observation_space = Sequence(Box(-1, 1, (1,)))
+
+
+for probe in (Context, NowOrLater, EndOrTimeLimit, NotANumber, NotAnObservation, Breaks, AnyLength):
     gymnasium.register(f"Probe{probe.__name__}-v0", entry_point=probe, order_enforce=False)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import probes  # noqa: F401  registers the probe environments
 import pytest
 import torch
 import yaml
@@ -364,7 +365,7 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
     ("options", "words"),
     [
         (["--data.env=Foo-v9"], ["data.env", "Foo-v9"]),
-        (["--data.env=Blackjack-v1"], ["Blackjack-v1", "observation space", "Box"]),
+        (["--data.env=ProbeAnyLength-v0"], ["ProbeAnyLength-v0", "observation space", "Box"]),
         (["--model.family=nope"], ["family", "nope", "relu"]),
         (["--held_out.families=[nope]"], ["family", "nope", "relu"]),
         (["--held_out.families={mine: torch.nn.ReLU}"], ["held_out.families", "mine"]),

@@ -83,6 +83,7 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     import gymnasium
 
     from . import registration  # noqa: F401
+    from .vector import gymnasium_env
 
     if env.startswith("ALE/") or (importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip")):
         import ale_py
@@ -91,7 +92,7 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each game made
     try:
         with _known_warnings_filtered():
-            return gymnasium.make(env, disable_env_checker=True, **kwargs)
+            return gymnasium_env(env, kwargs)
     except (gymnasium.error.Error, ImportError) as error:
         close = difflib.get_close_matches(env, gymnasium.registry.keys() - {env}, n=3, cutoff=0.6)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -145,7 +146,10 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
     rest = {"kwargs": kwargs, "time_limit": made.spec.max_episode_steps}
     made.close()
     if not isinstance(observation, Box) or observation.shape == ():
-        raise ConfigError(f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape")
+        raise ConfigError(
+            f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape, and what Gymnasium flattens to one "
+            "(Dict, Tuple, Discrete, …)"
+        )
     if isinstance(action, Discrete) and action.start == 0:
         return EnvSpec(env, observation.shape, "discrete", int(action.n), **rest)
     if isinstance(action, Box) and len(action.shape) == 1:
@@ -191,7 +195,8 @@ def _envpool_entries(spec: EnvSpec) -> np.ndarray | slice | None:
     if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/") or spec.id in REWARDED_OTHERWISE:
         return None
     if not spec.kwargs:
-        return slice(None)
+        its_shape = envpool.make_spec(spec.id).gymnasium_observation_space.shape
+        return slice(None) if its_shape == spec.observation_shape else None  # it flattens nothing
     if any(spec.kwargs.values()):
         return None
     hidden = {key.removeprefix("include_").removesuffix("_in_observation") for key in spec.kwargs}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,13 +39,23 @@ class Simulator(Protocol):
     def close(self) -> None: ...
 
 
+def gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
+    """A Gymnasium environment whose observations are arrays: those of another space, such as ``Dict`` or ``Discrete``, as Gymnasium
+    flattens them, where it can."""
+    import gymnasium
+
+    made = gymnasium.make(env, disable_env_checker=True, **kwargs)
+    space = made.observation_space
+    if not space.is_np_flattenable or (isinstance(space, gymnasium.spaces.Box) and space.shape):
+        return made
+    return gymnasium.wrappers.FlattenObservation(made)
+
+
 class GymnasiumSimulator:
     """Gymnasium environments one after the other: works everywhere."""
 
     def __init__(self, spec: EnvSpec, num_envs: int, seed: int) -> None:
-        import gymnasium
-
-        self.envs = [gymnasium.make(spec.id, disable_env_checker=True, **spec.kwargs) for _ in range(num_envs)]
+        self.envs = [gymnasium_env(spec.id, spec.kwargs) for _ in range(num_envs)]
         self.seeds: list[int | None] = [seed + i for i in range(num_envs)]
 
     def _empty_observation(self) -> np.ndarray:
@@ -77,13 +88,10 @@ class ProcessSimulator:
     """Gymnasium environments in a process each."""
 
     def __init__(self, spec: EnvSpec, num_envs: int, seed: int) -> None:
-        import gymnasium
         from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
-        self.envs = AsyncVectorEnv(
-            [lambda: gymnasium.make(spec.id, disable_env_checker=True, **spec.kwargs)] * num_envs,
-            autoreset_mode=AutoresetMode.DISABLED,
-        )
+        make = partial(gymnasium_env, spec.id, spec.kwargs)
+        self.envs = AsyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
         self.seed: int | None = seed
 
     def reset(self, mask: np.ndarray | None) -> np.ndarray:
