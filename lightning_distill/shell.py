@@ -196,7 +196,7 @@ def list_zoo(json: bool = False) -> None:
     from rich.table import Table
 
     table = Table()
-    for title in ("name", "environment", "n", "step rule", "bytes", "return, sampled", "greedy"):
+    for title in ("name", "environment", "n", "step rule", "file, bytes", "return, sampled", "greedy"):
         table.add_column(title, justify="left" if title in ("name", "environment", "step rule") else "right")
     for name, (path, pairs) in shipped.items():
         first = next(iter((pairs.metadata.get("returns") or {}).values()), {})

@@ -58,10 +58,11 @@ def simulator_threads(env: EnvBase) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _known_warnings_filtered() -> Iterator[None]:
-    """Two lines that every environment would repeat and no user can act on; all other warnings pass.
+    """Lines that every environment would repeat and no user can act on; all other warnings pass.
 
     Comparing with published figures needs the older MuJoCo environments, whose age is known; and Gymnasium's models use
-    a compiler attribute that MuJoCo 4 calls deprecated (it would also write a log file into the working directory).
+    a compiler attribute that MuJoCo 4 calls deprecated (it would also write a log file into the working directory). Bounds of
+    its spaces become float32.
     """
     import mujoco
 
@@ -73,7 +74,7 @@ def _known_warnings_filtered() -> Iterator[None]:
     mujoco.set_mju_user_warning(passed_on)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*out of date.*")
+            warnings.filterwarnings("ignore", message=r".*(out of date|precision lowered by casting).*")
             yield
     finally:
         mujoco.set_mju_user_warning(before)
@@ -181,6 +182,7 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
     raise ConfigError(f"data.env={env!r} has the action spec {action}; allowed: Categorical, or a bounded vector")
 
 
+@_known_warnings_filtered()
 def _envpool_entries(spec: EnvSpec) -> np.ndarray | slice | None:
     """Which entries of envpool's observation are this environment's; None if envpool cannot make it.
 

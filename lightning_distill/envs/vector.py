@@ -130,6 +130,7 @@ class EnvPoolSimulator:
 
         self.entries = entries
         self.envs = envpool.make(spec.id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
+        _ = self.envs.observation_space  # made once, here, where what that warns of is filtered
 
     def _of_all(self, partial: np.ndarray, info: dict[str, np.ndarray]) -> np.ndarray:
         whole = np.zeros((len(self.envs), *partial.shape[1:]), partial.dtype)
