@@ -56,7 +56,18 @@ def zoo_table() -> str:
                 f"`{dataset.metadata['command']}`",
             ]
         )
-    header = ("dataset", "environment", "pairs", "step rule", "its steps", "in all", "seed", "sampled", "worst", "greedy")
+    header = (
+        "dataset",
+        "environment",
+        "pairs",
+        "step rule",
+        "its steps",
+        "in all",
+        "seed",
+        "sampled",
+        "worst",
+        "greedy",
+    )
     others_header = (f"{others.LEARNERS} others", "worst", "failed")
     return with_commands([*header, "plain step, sampled", *others_header, "command"], rows)
 

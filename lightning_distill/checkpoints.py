@@ -90,7 +90,9 @@ class RunCheckpoint(ModelCheckpoint):
         """What was trained since the last validation is kept as well, where the last checkpoint is what is kept."""
         super().on_train_epoch_end(trainer, pl_module)
         if self.monitor is None and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
-            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

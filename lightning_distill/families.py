@@ -97,7 +97,9 @@ def family_named(name: str) -> LearnerFamily:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # somebody else's module may raise anything
-        raise ConfigError(f"family={name!r}: cannot be imported ({error}); modules in the working directory and installed ones can") from error
+        raise ConfigError(
+            f"family={name!r}: cannot be imported ({error}); modules in the working directory and installed ones can"
+        ) from error
     if isinstance(found, LearnerFamily):
         return found
     if isinstance(found, type) and issubclass(found, LearnerFamily):

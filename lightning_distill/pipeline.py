@@ -93,16 +93,18 @@ def _config(arguments: Sequence[str]) -> str:
 
 def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     """The folder of a stage's finished run."""
-    record, begun, config = root / "finished.json", root / "config.yaml", _config(arguments)
+    record, begun, config = root / "finished.json", root / "begun.yaml", _config(arguments)
     if record.is_file() and (last := json.loads(record.read_text())).get("config") == config:
         return Path(last["folder"])
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
     command += [f"--trainer.default_root_dir={root}"]
-    if begun.is_file() and begun.read_text() == config:
-        command += ["--ckpt_path=last"]
-    else:  # what another config has learned is no beginning of this one
+    if not (begun.is_file() and begun.read_text() == config):
         write_atomically(begun, config.encode())
+    # What another config has learned is no beginning of this one.
+    since = begun.stat().st_mtime
+    if any(path.stat().st_mtime > since for path in root.rglob("last.ckpt")):
+        command += ["--ckpt_path=last"]
     process = subprocess.Popen(command, stdout=output)
     # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself.
     before = {

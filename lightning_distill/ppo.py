@@ -466,7 +466,7 @@ class PPO(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.trainer.precision!r}: allowed are {', '.join(PRECISIONS)}")
-        if self.trainer.max_steps != -1:
+        if self.trainer.max_steps != -1 and not self.trainer.fast_dev_run:  # which sets it itself
             # Lightning counts each optimiser's steps there, schedules count iterations.
             raise ConfigError(
                 f"trainer.max_steps={self.trainer.max_steps}: allowed is -1; data.env_steps says how long a run is"

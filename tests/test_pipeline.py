@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,8 @@ def test_a_stage_begins_with_what_the_one_before_wrote_and_is_not_run_twice(pipe
     assert set(Path("runs").rglob("version_*")) == before
 
 
-def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline):
-    """Not the finished run, which has no steps left, under another name."""
+def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
+    """Not the finished run, which has no steps left, under another name; nor where it was killed before it had learned anything."""
     path = pipeline(STAGES.partition("student")[0])
     folders = []
     for rollout_length in (32, 32, 16):
@@ -65,6 +66,16 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline):
     assert config["data"]["rollout_length"] == 16
     with (folders[2] / "metrics.csv").open(newline="") as file:
         assert [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]] == [128, 256, 384, 512]
+    shorter = ["pipeline", path, "-o", "out", "--option", *OPTIONS, "data.rollout_length=16", "data.env_steps=256"]
+    with monkeypatch.context() as killed:
+        killed.setattr("subprocess.Popen", lambda *_, **__: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main(shorter)
+    main(shorter)
+    with (Path(json.loads(Path("out/expert/finished.json").read_text())["folder"]) / "metrics.csv").open(
+        newline=""
+    ) as file:
+        assert [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]] == [128, 256]
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,14 @@ class ExportDataset(L.Callback):
             self._write(trainer, pl_module, "distilled.safetensors")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
-        if pl_module.iteration > self.validated_at:
+        if pl_module.iteration != self.validated_at:
             self._write(trainer, pl_module, "last.safetensors", {})
         if not trainer.enable_validation:
             self._write(trainer, pl_module, "distilled.safetensors", {})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         # Where no checkpoints are kept the test is of the end, which is not the best by validation.
-        of_the_end = trainer.ckpt_path is None and self.best_return is not None
+        of_the_end = trainer.ckpt_path is None and trainer.enable_validation and self.best_return is not None
         self._write(trainer, pl_module, "last.safetensors" if of_the_end else "distilled.safetensors")
 
     def on_exception(self, trainer: L.Trainer, pl_module: MetaPPO, exception: BaseException) -> None:
@@ -84,12 +84,13 @@ class ExportDataset(L.Callback):
         dataset.save(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_return": self.best_return, "folder": str(self.folder)}
+        return {"best_return": self.best_return, "validated_at": self.validated_at, "folder": str(self.folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run has a folder of its own: the best dataset so far comes along."""
         best = Path(state_dict["folder"]) / "distilled.safetensors"
         if best.is_file():
             self.best_return = state_dict["best_return"]
+            self.validated_at = state_dict.get("validated_at", 0)
             if best.parent != self.folder:
                 copy_atomically(best, self.folder / best.name)
