@@ -59,7 +59,8 @@ def draw(times: dict[str, tuple[float, float, float]]) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     agents = torch.logspace(*(math.log10(end) for end in AGENTS), 100)
-    for (name, (distil, teach, ppo)), colour in zip(times.items(), ("C0", "C1", "C2", "C3", "C4"), strict=False):
+    for index, (name, (distil, teach, ppo)) in enumerate(times.items()):
+        colour = f"C{index}"
         axes.plot(agents, distil + teach * agents, colour, label=f"{name}: distil once, teach N")
         axes.plot(agents, ppo * agents, colour, linestyle="--", label="N runs of direct PPO")
     axes.set(xscale="log", yscale="log", xlabel="agents N", ylabel="CPU minutes", xlim=AGENTS)
@@ -80,8 +81,9 @@ def main() -> None:
         distil = sum(minutes(config, steps)[0] for config, steps in runs)
         ppo, steps = minutes(f"conf/ppo/{Path(runs[-1][0]).name}")
         one, thousand = (teaching_seconds(dataset, learners) for learners in (1, 1000))
-        times[name] = distil, thousand / 1000 / 60, ppo
-        least = math.floor(distil / (ppo - thousand / 1000 / 60)) + 1
+        teach = thousand / 1000 / 60
+        times[name] = distil, teach, ppo
+        least = math.floor(distil / (ppo - teach)) + 1
         rows.append(
             [
                 f"`{name}`",

@@ -56,20 +56,9 @@ def zoo_table() -> str:
                 f"`{dataset.metadata['command']}`",
             ]
         )
-    header = (
-        "dataset",
-        "environment",
-        "pairs",
-        "step rule",
-        "its steps",
-        "in all",
-        "seed",
-        "sampled",
-        "worst",
-        "greedy",
-    )
-    others_header = (f"{others.LEARNERS} others", "worst", "failed")
-    return with_commands([*header, "plain step, sampled", *others_header, "command"], rows)
+    header = ["dataset", "environment", "pairs", "step rule", "its steps", "in all", "seed"]
+    header += ["sampled", "worst", "greedy", "plain step, sampled", f"{others.LEARNERS} others", "worst", "failed"]
+    return with_commands([*header, "command"], rows)
 
 
 def of_others(name: str, dataset: DistilledDataset) -> tuple[str, str, str]:

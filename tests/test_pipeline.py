@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from test_nothing_is_lost import logged_steps
 
 from lightning_distill.cli import main
 from lightning_distill.dataset import load
@@ -64,18 +64,14 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
     assert folders[0] == folders[1] != folders[2]
     config = yaml.safe_load((folders[2] / "config.yaml").read_text())
     assert config["data"]["rollout_length"] == 16
-    with (folders[2] / "metrics.csv").open(newline="") as file:
-        assert [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]] == [128, 256, 384, 512]
+    assert logged_steps(folders[2]) == [128, 256, 384, 512]
     shorter = ["pipeline", path, "-o", "out", "--option", *OPTIONS, "data.rollout_length=16", "data.env_steps=256"]
     with monkeypatch.context() as killed:
         killed.setattr("subprocess.Popen", lambda *_, **__: sys.exit(9))
         with pytest.raises(SystemExit):
             main(shorter)
     main(shorter)
-    with (Path(json.loads(Path("out/expert/finished.json").read_text())["folder"]) / "metrics.csv").open(
-        newline=""
-    ) as file:
-        assert [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]] == [128, 256]
+    assert logged_steps(Path(json.loads(Path("out/expert/finished.json").read_text())["folder"])) == [128, 256]
 
 
 @pytest.mark.parametrize(
