@@ -10,7 +10,7 @@ distill: install
 	$(BIN)/lightning fit --config $(CONFIG)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/python -m pip install --quiet "ruff>=0.14,<0.18"
