@@ -68,8 +68,6 @@ class ActionNoise(nn.Module):
             half_range = torch.where(half_range.isfinite(), half_range, torch.ones_like(half_range))
             self.register_buffer("log_half_range", half_range.log(), persistent=False)
             self.register_buffer("log_share", torch.zeros(()))
-            # Checkpoints of before the minimum was kept hold what is below.
-            self.register_load_state_dict_post_hook(lambda module, _: module.keep_minimum())
 
     @torch.no_grad()
     def begin_with(self, log_std: Tensor) -> None:

@@ -164,6 +164,7 @@ class PPO(L.LightningModule):
         self.first_steps = 0
         #: Iterations and environment steps made before this ``fit``, if it goes on from a checkpoint.
         self.resumed = 0, 0
+        #: Of the policies as they are at this moment: row → sampled|greedy → evaluation; empty once they have learned more.
         self.evaluations: dict[str, dict[str, Evaluation]] = {}
         self._episode_returns: deque[float] = deque(maxlen=EPISODES_LOGGED)
         self._inference_seconds = 0.0
@@ -236,6 +237,7 @@ class PPO(L.LightningModule):
         """One iteration: a rollout [N, T] and its PPO epochs."""
         self._rollout_ended_at = time.perf_counter()
         self._check_finite(rollout)
+        self.evaluations = {}
         samples = self._samples(rollout)
         metrics = self._update(samples)
         self.observation_moments.update(rollout["next", "observation"], self._sum_over_processes)
@@ -394,12 +396,6 @@ class PPO(L.LightningModule):
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        self.evaluations = {}
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluations = {}
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Whole episodes with sampled actions."""
         rows = self.evaluate("validate")
@@ -411,6 +407,7 @@ class PPO(L.LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Whole episodes with sampled and with greedy actions."""
+        self.evaluations = {}
         for kind in ("sampled", "greedy"):
             for index, (row, evaluation) in enumerate(self.evaluate("test", greedy=kind == "greedy").items()):
                 name = f"test/{row}/return_{kind}" if index else f"test/return_{kind}"

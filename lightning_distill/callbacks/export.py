@@ -27,7 +27,6 @@ class ExportDataset(L.Callback):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.best_return: float | None = None
-        self.validated_at = 0
         self.config = ""
         self.folder = Path()
 
@@ -47,7 +46,6 @@ class ExportDataset(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self.validated_at = int(pl_module.iteration)
         self._write(trainer, pl_module, "last.safetensors")
         mean = pl_module.evaluations[IN_DISTRIBUTION]["sampled"].mean
         if self.best_return is None or mean > self.best_return:
@@ -55,10 +53,10 @@ class ExportDataset(L.Callback):
             self._write(trainer, pl_module, "distilled.safetensors")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
-        if pl_module.iteration != self.validated_at:
-            self._write(trainer, pl_module, "last.safetensors", {})
+        if not pl_module.evaluations:  # trained since the last validation
+            self._write(trainer, pl_module, "last.safetensors")
         if not trainer.enable_validation:
-            self._write(trainer, pl_module, "distilled.safetensors", {})
+            self._write(trainer, pl_module, "distilled.safetensors")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         # Where no checkpoints are kept the test is of the end, which is not the best by validation.
@@ -69,28 +67,26 @@ class ExportDataset(L.Callback):
         if trainer.state.fn != "fit" or pl_module.iteration == 0:
             return
         try:
-            # The returns that are known are of earlier pairs.
-            self._write(trainer, pl_module, "last.safetensors", {})
+            self._write(trainer, pl_module, "last.safetensors")
             if self.best_return is None:  # stopped before the first validation: there is no better one
-                self._write(trainer, pl_module, "distilled.safetensors", {})
+                self._write(trainer, pl_module, "distilled.safetensors")
         except OSError as error:
             logger.warning("no dataset of the moment it stopped: %s. The one before is whole.", error)
 
-    def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str, returns: dict[str, Any] | None = None) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        returns = as_returns(pl_module.evaluations) if returns is None else returns
+        returns = as_returns(pl_module.evaluations)
         dataset = pl_module.distilled().with_metadata(returns=returns, config=self.config)
         dataset.save(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_return": self.best_return, "validated_at": self.validated_at, "folder": str(self.folder)}
+        return {"best_return": self.best_return, "folder": str(self.folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run has a folder of its own: the best dataset so far comes along."""
         best = Path(state_dict["folder"]) / "distilled.safetensors"
         if best.is_file():
             self.best_return = state_dict["best_return"]
-            self.validated_at = state_dict.get("validated_at", 0)
             if best.parent != self.folder:
                 copy_atomically(best, self.folder / best.name)
