@@ -35,9 +35,10 @@ class CollectorDataModule(L.LightningDataModule):
         max_episode_steps: truncate episodes after so many steps while training, so that their beginnings are seen more often; what
             would have come counts by its value. Default: as the environment ends them, as always in evaluation.
         backend: who simulates, see :func:`lightning_distill.envs.make_env`.
-        threads: simulator threads; default: one per core.
+        threads: simulator threads; default: one for each core that the process may use.
         collectors: more than 1: so many worker processes in which policies act and environments are simulated, each with
-            its share of ``num_envs``. For environments that are slow, or hold Python's lock.
+            its share of ``num_envs``. For environments that are slow, or hold Python's lock. On the CPU: workers draw the learners
+            that the main process draws, and a GPU draws others.
         val_learners: fresh learners at each validation; of direct PPO, which has one policy, runs of that policy.
         test_learners: the same in the final evaluation.
         episodes: whole episodes of each of them.
@@ -62,7 +63,7 @@ class CollectorDataModule(L.LightningDataModule):
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
         self.max_episode_steps = max_episode_steps
-        self.backend, self.threads, self.collectors = backend, threads or os.cpu_count() or 1, collectors
+        self.backend, self.threads, self.collectors = backend, threads or _usable_cores(), collectors
         self.learners = {"validate": val_learners, "test": test_learners}
         self.episodes = episodes
         self._rollouts: Rollouts | None = None
@@ -71,6 +72,12 @@ class CollectorDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_learners(self.trainer.lightning_module.learners)
+            device = self.trainer.strategy.root_device.type
+            if self.collectors > 1 and device != "cpu":
+                raise ConfigError(
+                    f"data.collectors={self.collectors} on device {device!r}: allowed is 1, or more with trainer.accelerator=cpu, "
+                    "as workers draw and teach the learners again, on the CPU"
+                )
 
     def check_learners(self, learners: int) -> None:
         """Raise ``ConfigError`` unless every one of so many learners can act in as many environments."""
@@ -136,6 +143,11 @@ class CollectorDataModule(L.LightningDataModule):
         for evaluator in self._evaluators.values():
             evaluator.close()
         self._evaluators = {}
+
+
+def _usable_cores() -> int:
+    # A process may be bound to some of the machine's cores, as on a cluster.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Rollouts:

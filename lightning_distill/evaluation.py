@@ -256,6 +256,13 @@ def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:
         )
 
 
+def played_in(dataset: DistilledDataset, env: str | None = None, env_kwargs: dict[str, Any] | None = None) -> EnvSpec:
+    """The environment in which a dataset's learners play: its own, or another, of which the dataset's arguments say nothing."""
+    if env_kwargs is None:
+        env_kwargs = dataset.env_kwargs if env in (None, dataset.env) else {}
+    return env_spec(env or dataset.env, env_kwargs)
+
+
 def trained_family(dataset: DistilledDataset) -> LearnerFamily:
     """The (first) family that the dataset was distilled with; the paper's where the dataset does not say.
 
@@ -309,7 +316,7 @@ def evaluate(
         learners, episodes, greedy, seed: see :class:`Evaluator`.
         step_rule: how learners are taught; default: as the dataset recommends. For ``line_search`` of a dataset without an
             α, it is the one of :func:`lightning_distill.teaching.with_line_search`.
-        env_kwargs: arguments of the environment; default: the dataset's own.
+        env_kwargs: arguments of the environment; default: the dataset's own, and in another environment none.
         variation, backend, threads, device: see :class:`Evaluator`.
 
     Raises:
@@ -368,7 +375,7 @@ def evaluate_all(
             rule than the recommended one say so in their names.
         env, learners, episodes, seed, env_kwargs, variation, backend, threads, device: see :func:`evaluate`.
     """
-    spec = env_spec(env or dataset.env, dataset.env_kwargs if env_kwargs is None else env_kwargs)
+    spec = played_in(dataset, env, env_kwargs)
     families = families or {IN_DISTRIBUTION: trained_family(dataset)}
     step_rules = reported_rules(dataset) if step_rules is None else step_rules
     if "line_search" in step_rules and dataset.line_search_scale is None:

@@ -24,7 +24,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("environment steps a second", {"steps/s": ""}),
 )
 TIME = {"time/simulation": "simulation", "time/inference": "inference", "time/update": "update"}
-MOMENTS = 6
+SNAPSHOTS = 6
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#fff;max-width:1080px;margin:2rem auto;padding:0 1.2rem}
@@ -47,7 +47,7 @@ def write_report(
     players: str = "fresh learners after one step",
     curves: Curves | None = None,
     pairs_picture: Path | None = None,
-    moments: Sequence[DistilledDataset] = (),
+    snapshots: Sequence[DistilledDataset] = (),
     environment: Mapping[str, Any] | None = None,
     config: str = "",
     files: Iterable[tuple[Path, str]] = (),
@@ -61,7 +61,7 @@ def write_report(
         players: who they are returns of.
         curves: from :func:`lightning_distill.pictures.read_curves`.
         pairs_picture: a PNG.
-        moments: the dataset as it was at each validation.
+        snapshots: the dataset as it was at each validation.
         environment: from :func:`lightning_distill.provenance.describe_run`.
         config: the YAML.
         files: (path, meaning) of what else the run left.
@@ -73,8 +73,8 @@ def write_report(
         parts.append(_section("Learning, against environment steps", _image(draw_curves(curves), "learning curves")))
     if pairs_picture is not None and pairs_picture.is_file():
         parts.append(_section("The pairs", _picture("png", pairs_picture.read_bytes(), "the pairs")))
-    if len(moments) > 1 and moments[0].observations[0].numel() <= 512:
-        parts.append(_section("The pairs over time", _image(draw_moments(moments), "the pairs over time")))
+    if len(snapshots) > 1:
+        parts.append(_section("The pairs over time", _image(draw_snapshots(snapshots), "the pairs over time")))
     if environment:
         parts.append(_section("Made with", _made_with(environment)))
     if config:
@@ -118,10 +118,10 @@ def draw_curves(curves: Curves):
     return figure
 
 
-def draw_moments(moments: Sequence[DistilledDataset]):
-    """Heat maps of observations and targets at up to ``MOMENTS`` times, on one scale each."""
-    count = min(MOMENTS, len(moments))
-    chosen = [moments[round(index * (len(moments) - 1) / max(count - 1, 1))] for index in range(count)]
+def draw_snapshots(snapshots: Sequence[DistilledDataset]):
+    """Heat maps of observations and targets at up to ``SNAPSHOTS`` times, on one scale each."""
+    count = min(SNAPSHOTS, len(snapshots))
+    chosen = [snapshots[round(index * (len(snapshots) - 1) / max(count - 1, 1))] for index in range(count)]
     figure = new_figure(11, 4.4)
     panels = figure.subplots(2, count, squeeze=False)
     for row, name in zip(panels, ("observations", "targets"), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .ppo import OBSERVATION_CLIP, no_loss
 
 #: Environments in which the expert's first states are seen, and steps in each of them.
 EPISODES, STEPS = 16, 1000
+#: Figures of :class:`PPO`'s value loss and of its clipped surrogate.
+NOT_HERE = ("loss/value", "loss/explained_variance", "policy/kl", "policy/clip_fraction")
 
 
 class Imitation(MetaPPO):
@@ -108,6 +111,7 @@ class Imitation(MetaPPO):
     @torch.no_grad()
     def act(self, state: TensorDictBase) -> TensorDictBase:
         """The collector's policy is the expert."""
+        began = time.perf_counter()
         output = state["output"] = self._expert.output(state["observation"].float())
         log_std = self._expert_log_std
         if log_std is not None:
@@ -115,6 +119,7 @@ class Imitation(MetaPPO):
                 self._noise_share = torch.rand(len(output), 1, device=output.device)
             log_std = log_std.to(output.device) + self._noise_share.log()
         state["action"] = action_distribution(output, log_std).sample()
+        self._inference_seconds += time.perf_counter() - began
         return state
 
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
@@ -138,6 +143,9 @@ class Imitation(MetaPPO):
             wanted, output = within(wanted, output, self.log_std.detach().exp(), self._bounds)
         loss = divergence(wanted, output, self._expert.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
+
+    def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
+        super()._log({name: value for name, value in metrics.items() if name not in NOT_HERE}, frames)
 
 
 def within(expert: Tensor, output: Tensor, std: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:

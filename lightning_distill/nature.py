@@ -58,7 +58,7 @@ def scaled(frames: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     # Moved while they are bytes: half the time of a conversion that moves.
     flat = frames.reshape(-1, *frames.shape[-3:]).contiguous(memory_format=torch.channels_last)
-    return flat.to(dtype).div_(WHITE).view(frames.shape)
+    return flat.to(dtype, copy=True).div_(WHITE).view(frames.shape)
 
 
 class Layers(nn.Sequential):

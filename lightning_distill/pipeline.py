@@ -94,8 +94,10 @@ def _config(arguments: Sequence[str]) -> str:
 def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     """The folder of a stage's finished run."""
     record, begun, config = root / "finished.json", root / "begun.yaml", _config(arguments)
-    if record.is_file() and (last := json.loads(record.read_text())).get("config") == config:
-        return Path(last["folder"])
+    if record.is_file():
+        last = json.loads(record.read_text())
+        if last.get("config") == config and Path(last["folder"]).is_dir():
+            return Path(last["folder"])
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
     command += [f"--trainer.default_root_dir={root}"]

@@ -410,7 +410,7 @@ class PPO(L.LightningModule):
         self.evaluations = {}
         for kind in ("sampled", "greedy"):
             for index, (row, evaluation) in enumerate(self.evaluate("test", greedy=kind == "greedy").items()):
-                name = f"test/{row}/return_{kind}" if index else f"test/return_{kind}"
+                name = f"test/{kind}/{row}/return" if index else f"test/return_{kind}"
                 self.evaluations.setdefault(row, {})[kind] = evaluation
                 self.log(name, evaluation.mean, batch_size=1)
                 self.log(f"{name}_ci95", evaluation.ci95, batch_size=1)

@@ -53,7 +53,7 @@ def evaluate(
 
     Args:
         dataset: name in the zoo, or path of a file.
-        env: another environment id than the dataset's own; its shapes must agree.
+        env: another environment id than the dataset's own, as it is made by default; its shapes must agree.
         family: what learners are drawn from: paper, width_256, relu, … or class paths; default: what the dataset was
             distilled with, which is also called in-distribution.
         learners: fresh learners of each family.
@@ -154,7 +154,7 @@ def watch(
     Args:
         dataset: name in the zoo, or path of a file.
         output: video to write, .mp4 (needs imageio-ffmpeg) or .gif; default: a window (needs pygame).
-        env: another environment id than the dataset's own; its shapes must agree.
+        env: another environment id than the dataset's own, as it is made by default; its shapes must agree.
         family: what the learner is drawn from, as in evaluate.
         seed: of the learner, the start state and the actions.
         greedy: largest logit or mean action, instead of sampled actions.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from .dataset import DistilledDataset
-from .envs import ConfigError, env_spec, stream_seed
+from .envs import ConfigError, stream_seed
 from .envs.rendering import in_window, make_rendered
-from .evaluation import TEST_SEED, check_matches, trained_family
+from .evaluation import TEST_SEED, check_matches, played_in, trained_family
 from .learners import LearnerFamily
 from .teaching import keep_random_state, teach_many
 
@@ -49,7 +49,7 @@ def record(
     Args:
         dataset: what it is taught on.
         path: ``.mp4`` (needs imageio-ffmpeg; without it a GIF is written) or ``.gif``; None: a window (needs pygame).
-        env: another environment id than the dataset's own.
+        env: another environment id than the dataset's own, as it is made by default.
         family: what the learner is drawn from; default: what the dataset was distilled with.
         seed: of the learner, the start state and the actions.
         greedy: largest logit or mean action, instead of sampled actions.
@@ -62,14 +62,14 @@ def record(
         raise ConfigError(f"output={str(path)!r}: allowed are names that end in .mp4 or .gif")
     if steps < 1:
         raise ConfigError(f"steps={steps}: allowed are integers ≥ 1")
-    name, kwargs = env or dataset.env, dataset.env_kwargs
-    check_matches(dataset, env_spec(name, kwargs))
+    spec = played_in(dataset, env)
+    check_matches(dataset, spec)
     if path is not None and path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         path = path.with_suffix(".gif")
         logger.warning("MP4 needs imageio-ffmpeg (pip install imageio-ffmpeg): writing %s instead", path)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    made = make_rendered(name, kwargs)
+    made = make_rendered(spec.id, spec.kwargs)
     if path is None:
         try:
             made = in_window(made)

@@ -17,7 +17,7 @@ from lightning_distill.evaluation import trained_family
 from lightning_distill.families import family_named
 from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
-from lightning_distill.nature import encoder_from, make_critic, make_encoder
+from lightning_distill.nature import encoder_from, make_critic, make_encoder, scaled
 from lightning_distill.pictures import _action_names, draw_pairs
 from lightning_distill.step_rules import STEP_RULES
 from lightning_distill.teaching import with_line_search
@@ -391,3 +391,10 @@ def test_a_window_shows_every_step(monkeypatch):
     played = watching.record(module(4).distilled(), None, steps=3)
     assert (played.path, played.steps) == (None, 3)
     assert len(shown) >= 4  # the start and each step
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_frames_are_scaled_in_a_copy(dtype):
+    frames = torch.full((2, 4, 84, 84), 255, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    assert scaled(frames).unique().tolist() == [1.0]
+    assert frames.unique().tolist() == [255]

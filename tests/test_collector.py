@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -9,7 +10,7 @@ import torch
 from test_meta_ppo import Watch, small_run
 from torchrl.collectors import Collector
 
-from lightning_distill import ConfigError, MetaPPO
+from lightning_distill import CollectorDataModule, ConfigError, MetaPPO
 from lightning_distill.collector import VectorCollector, make_collector
 from lightning_distill.envs import env_spec, make_env
 
@@ -116,3 +117,23 @@ def test_environments_are_shared_out_evenly():
         ConfigError, match=r"num_envs=16: allowed are multiples of model.learners=4 × data.collectors=3"
     ):
         small_run(data={"collectors": 3})
+
+
+def test_workers_are_refused_where_they_would_draw_other_learners():
+    data = CollectorDataModule("CartPole-v1", num_envs=16, collectors=2)
+    data.trainer = SimpleNamespace(
+        lightning_module=MetaPPO(data.spec), strategy=SimpleNamespace(root_device=torch.device("cuda"))
+    )
+    with pytest.raises(ConfigError, match=r"data\.collectors=2 on device 'cuda'"):
+        data.setup("fit")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are bound to cores on Linux alone")
+def test_a_simulator_has_a_thread_for_each_core_that_it_may_use():
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert CollectorDataModule("CartPole-v1").threads == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert CollectorDataModule("CartPole-v1").threads == len(cores)

@@ -350,3 +350,12 @@ def test_the_trained_family_is_built_from_words_alone():
     ):
         with pytest.raises(ConfigError, match="the dataset's own cannot be built"):
             trained_family(make_dataset(metadata={"learners": words}))
+
+
+def test_another_environment_is_made_without_the_arguments_of_the_own():
+    short = signs_dataset(metadata={"env_kwargs": {"wings": 2}}, env="Winged-v0")
+    assert evaluate(short, env="Signs-v0", learners=3).mean > 0
+    with pytest.raises(ConfigError, match="wings"):
+        evaluate(short, env="Signs-v0", learners=3, env_kwargs={"wings": 2})
+    with pytest.raises(ConfigError, match="wings"):
+        evaluate(signs_dataset(metadata={"env_kwargs": {"wings": 2}}), env="Signs-v0", learners=3)

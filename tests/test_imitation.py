@@ -37,6 +37,12 @@ def test_other_learners_learn_what_the_expert_does():
     assert trained.distilled().step_rule == "newton"
     mean = [evaluate(module.distilled(), learners=50, greedy=True).mean for module in (trained, untrained)]
     assert mean[0] > 1.5 * mean[1] > 30  # untaught learners reach 10
+    logged = trained.trainer.callback_metrics
+    assert logged["loss/policy"] > 0
+    assert logged["time/inference"] > 0
+    assert not {"loss/value", "loss/explained_variance", "policy/kl"} & set(logged), (
+        "nothing here has a critic or a clip"
+    )
 
 
 def test_pairs_begin_as_states_of_the_expert_with_its_outputs():

@@ -15,10 +15,12 @@ import probes  # noqa: F401  registers the probe environments
 import pytest
 import torch
 import yaml
+from handmade import make_dataset
 from test_meta_ppo import prepared, small_run, trainer
 
 import lightning_distill.dataset
 from lightning_distill import CollectorDataModule, ConfigError, MetaPPO, load
+from lightning_distill.callbacks import ExportDataset
 from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
 from lightning_distill.cli import main
 from lightning_distill.data import Rollouts
@@ -151,6 +153,20 @@ def test_best_so_far_comes_along(here):
     assert (second / "checkpoints" / "best.ckpt").read_bytes() == best
     assert torch.equal(load(second / "distilled.safetensors").observations, dataset.observations)
     assert env_steps(second / "checkpoints" / "last.ckpt") == 12_800
+
+
+def test_best_dataset_comes_along_into_another_working_directory(here, monkeypatch):
+    before, after = ExportDataset(), ExportDataset()
+    before.folder, before.best_return, after.folder = Path("first"), 3.0, here / "second"
+    make_dataset().save(here / "first" / "distilled.safetensors")
+    state = before.state_dict()
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    after.load_state_dict(state)
+    assert after.best_return == 3.0
+    assert (here / "second" / "distilled.safetensors").read_bytes() == (
+        here / "first" / "distilled.safetensors"
+    ).read_bytes()
 
 
 def test_what_is_learned_after_the_last_validation_is_kept(here):

@@ -225,6 +225,12 @@ def test_watch_records_an_episode(path, capsys):
     assert again["steps"] == told["steps"]
 
 
+def test_ant_plays_in_the_version_before(capsys):
+    """Which takes none of the arguments that the dataset's own was made with."""
+    main(["evaluate", "ant_plain", "--env", "Ant-v4", "--learners", "2", "--step_rule", "sgd", "--json"])
+    assert read_json(capsys)["env"] == "Ant-v4"
+
+
 def test_watch_writes_a_gif_where_mp4_cannot_be_written(path, capsys, monkeypatch, caplog):
     find = watching.importlib.util.find_spec
     monkeypatch.setattr(

@@ -242,13 +242,16 @@ def test_any_module_is_taught_alone_as_in_a_stack_and_as_in_training(name, rule)
     assert pairs.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("inputs", [17, 1])
 @pytest.mark.parametrize("rule", STEP_RULES)
-def test_rules_as_a_stranger_writes_them(rule, tmp_path, monkeypatch):
+def test_rules_as_a_stranger_writes_them(rule, inputs, tmp_path, monkeypatch):
     """The code of the document, run as it stands, against ``teach``; in double precision, as polar factors lift what is rounded."""
     monkeypatch.chdir(tmp_path)
-    dataset = load(newton_dataset().save("distilled.safetensors"))
+    fed = ("observations", "observation_mean", "observation_std")
+    made = {name: getattr(newton_dataset(), name)[..., :inputs] for name in fed}
+    dataset = load(newton_dataset(**made).save("distilled.safetensors"))
     torch.manual_seed(0)
-    network = mlp_module().double()
+    network = mlp_module((inputs,)).double()
     expected = teach(network, dataset, rule)(dataset.observation_mean + 0.3)
     blocks = dict(
         zip(["start", *STEP_RULES], re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S), strict=True)

@@ -81,7 +81,7 @@ class ExportDataset(L.Callback):
         dataset.save(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_return": self.best_return, "folder": str(self.folder)}
+        return {"best_return": self.best_return, "folder": str(self.folder.resolve())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run has a folder of its own: the best dataset so far comes along."""

@@ -18,6 +18,9 @@ from .export import ExportDataset
 
 logger = logging.getLogger(__name__)
 
+#: Numbers in one pair's observation up to which the page shows pairs over time: heat maps of more tell nothing.
+SHOWN_OVER_TIME = 512
+
 
 class RunReport(L.Callback):
     """Writes ``environment.json`` when a run starts. After the test it prints the table of returns and where things lie,
@@ -31,7 +34,8 @@ class RunReport(L.Callback):
         self.pictures = pictures
         self.folder = Path()
         self.environment: dict[str, Any] = {}
-        self.moments: list[DistilledDataset] = []
+        #: The dataset as it was at each validation.
+        self.snapshots: list[DistilledDataset] = []
 
     def setup(self, trainer: L.Trainer, pl_module: PPO, stage: str) -> None:
         # Asked for here, on every process, as the answer is a broadcast.
@@ -46,8 +50,10 @@ class RunReport(L.Callback):
         write_atomically(self.folder / "environment.json", json.dumps(self.environment, indent=2).encode())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
-        if trainer.state.fn == "fit" and isinstance(pl_module, MetaPPO):
-            self.moments.append(pl_module.distilled())
+        if trainer.state.fn != "fit" or not trainer.is_global_zero or not isinstance(pl_module, MetaPPO):
+            return
+        if pl_module.synthetic_batch.observations[0].numel() <= SHOWN_OVER_TIME:
+            self.snapshots.append(pl_module.distilled())
 
     def on_exception(self, trainer: L.Trainer, pl_module: PPO, exception: BaseException) -> None:
         writes = trainer.is_global_zero and not trainer.fast_dev_run and self.pictures
@@ -102,7 +108,7 @@ class RunReport(L.Callback):
             players=pl_module.players,
             curves=curves,
             pairs_picture=picture,
-            moments=self.moments,
+            snapshots=self.snapshots,
             environment=self.environment,
             config=config.read_text() if config.is_file() else "",
             files=self._files(trainer),
