@@ -70,7 +70,12 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, minutes: PositiveFloat | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.minutes = minutes
+        self.fits = False
         self._saved_at = time.monotonic()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.fits = self.fits or stage == "fit"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -111,7 +116,7 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The best so far comes along into the new run's folder, so that what follows is measured against it."""
         if state_dict["dirpath"] != self.dirpath:
-            if self.monitor is None:
+            if self.monitor is None or not self.fits:
                 return
             state_dict = self._carried_along(state_dict)
         if state_dict:

@@ -51,11 +51,13 @@ def main(args: list[str] | None = None) -> None:
     if given[0] not in TRAINING and not given[0].startswith("-"):
         print(f"error: command={given[0]!r}: allowed are {', '.join([*TRAINING, *COMMANDS])}", file=sys.stderr)
         sys.exit(2)
+    from omegaconf.errors import OmegaConfBaseException
+
     from . import lightning_cli
 
     try:
         lightning_cli.run(args)
-    except (ConfigError, DatasetError) as error:
+    except (ConfigError, DatasetError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,11 @@ from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator, StackedActor
 from .learners import LearnerFamily
+
+logger = logging.getLogger(__name__)
+
+#: Halves of action ranges that learning by the usual learning rates is at home with.
+ACTIONS_WITHIN = (0.1, 10.0)
 
 Stage = Literal["validate", "test"]
 SEEDS = {"validate": VALIDATION_SEED, "test": TEST_SEED}
@@ -72,12 +78,25 @@ class CollectorDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_learners(self.trainer.lightning_module.learners)
+            self._warn_of_units()
             device = self.trainer.strategy.root_device.type
             if self.collectors > 1 and device != "cpu":
                 raise ConfigError(
                     f"data.collectors={self.collectors} on device {device!r}: allowed is 1, or more with trainer.accelerator=cpu, "
                     "as workers draw and teach the learners again, on the CPU"
                 )
+
+    def _warn_of_units(self) -> None:
+        spec = self.spec
+        halves = [(high - low) / 2 for low, high in zip(spec.action_low, spec.action_high, strict=True)]
+        if any(math.isfinite(half) and not ACTIONS_WITHIN[0] <= half <= ACTIONS_WITHIN[1] for half in halves):
+            logger.warning(
+                "data.env=%r: actions between %s and %s; learning begins with outputs of about 1, whatever the units, and goes slowly to much "
+                "larger or smaller ones: make the environment with gymnasium.wrappers.RescaleAction(env, -1, 1)",
+                spec.id,
+                list(spec.action_low),
+                list(spec.action_high),
+            )
 
     def check_learners(self, learners: int) -> None:
         """Raise ``ConfigError`` unless every one of so many learners can act in as many environments."""

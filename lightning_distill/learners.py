@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 Params = dict[str, Tensor]
 Forward = Callable[[Params, Tensor], Tensor]
@@ -282,8 +283,14 @@ def stack_parameters(modules: Sequence[nn.Module]) -> Params:
     """Parameters and buffers of K modules of one architecture, copied, each [K, …].
 
     Raises:
-        ValueError: they differ in name or shape.
+        ValueError: they differ in name or shape, or have parameters without one.
     """
+    for module in modules:
+        for name, value in module.named_parameters():
+            if is_lazy(value):
+                raise ValueError(
+                    f"module's {name} has no shape yet: run it once, on torch.zeros(1, *observation_shape)"
+                )
     states = [
         {FIXED * (not parameter.requires_grad) + name: parameter for name, parameter in module.named_parameters()}
         | {FIXED + name: buffer for name, buffer in module.named_buffers()}
@@ -298,7 +305,8 @@ def stack_parameters(modules: Sequence[nn.Module]) -> Params:
 
 
 class StackedModules(Learners):
-    """K stacked modules of one architecture, run by ``vmap``; one alone without, as not every module can be mapped.
+    """K stacked modules of one architecture, run by ``vmap``; one after the other if they have a part, as recurrent layers, that torch
+    cannot map.
 
     Args:
         module: the architecture; it is run in evaluation mode, with parameters of ``stack_parameters``.
@@ -355,7 +363,14 @@ class StackedModules(Learners):
             if len(observations) == 1:
                 outputs = function({name: value[0] for name, value in params.items()}, observations[0])
                 return outputs.unsqueeze(0) if isinstance(outputs, Tensor) else outputs
-            return torch.func.vmap(function, randomness="different")(params, observations)
+            try:
+                return torch.func.vmap(function, randomness="different")(params, observations)
+            except RuntimeError as error:
+                if "Batching rule not implemented" not in str(error):
+                    raise
+            each = ({name: value[k] for name, value in params.items()} for k in range(len(observations)))
+            found = [function(own, inputs) for own, inputs in zip(each, observations, strict=True)]
+            return torch.stack(found) if isinstance(found[0], Tensor) else found[0]
 
     @torch.no_grad()
     def _find_output_layer(self, params: Params, observations: Tensor) -> str:
@@ -377,6 +392,8 @@ class StackedModules(Learners):
             for handle in handles:
                 handle.remove()
         advice = "teach it by step_rule='sgd', or end it with an nn.Linear of its own"
+        if not isinstance(outputs, Tensor):
+            raise UnfitLearner(f"module returns a {type(outputs).__name__}, expected a tensor")
         if not called:
             raise UnfitLearner(f"newton needs a last layer nn.Linear, which the module does not have: {advice}")
         name, weights = called[-1], [f"{called[-1]}.{kind}".lstrip(".") for kind in ("weight", "bias")]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import netrc
 import os
+import pkgutil
 import re
 import signal
 import sys
@@ -28,6 +30,15 @@ from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
 from .ppo import PPO, check_env
+
+#: Options of Lightning's Trainer that act in automatic optimisation only, and what acts here.
+NOT_OF_THE_TRAINER = {
+    "gradient_clip_val": "model.max_grad_norm clips gradients",
+    "gradient_clip_algorithm": "model.max_grad_norm clips gradients, by their norm",
+    "accumulate_grad_batches": "model.minibatches says how many samples a gradient is of",
+}
+#: Names under which schedulers take the number of iterations.
+ITERATIONS = ("iterations", "T_max", "total_iters", "total_steps")
 
 
 class DistillParser(LightningArgumentParser):
@@ -78,6 +89,15 @@ class DistillCLI(LightningCLI):
         chosen = self.config[self.config.subcommand]
         if chosen.ckpt_path == "last":
             chosen.ckpt_path = self._last_checkpoint(parser)
+        if (
+            chosen.ckpt_path is None
+            and self.config.subcommand != "fit"
+            and self._model_options().get("init_args.start") is None
+        ):
+            raise ConfigError(
+                f"ckpt_path: not given; allowed for {self.config.subcommand} are a checkpoint's path or last, "
+                "or a dataset to begin with (--model.start)"
+            )
         if chosen.ckpt_path not in (None, "best", "hpc"):
             # Before Lightning reads it, less carefully, and before loggers begin.
             check_env(AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path), chosen.data.env)
@@ -135,8 +155,25 @@ class DistillCLI(LightningCLI):
                 f"trainer.default_root_dir={root!r}: has a config.yaml already, and without loggers runs have no folders of their own; "
                 "allowed is a folder without one (--ckpt_path=FILE goes on from a run in another)"
             )
+        for option, own in NOT_OF_THE_TRAINER.items():
+            if trainer.get(option) not in (None, 1):
+                raise ConfigError(f"trainer.{option}={trainer.get(option)}: allowed is to leave it out; {own}")
+        self._check_scheduler()
         if not _logged_in_to_wandb():
             os.environ.setdefault("WANDB_MODE", "offline")
+
+    def _check_scheduler(self) -> None:
+        """A scheduler is called with the number of iterations in second place: many of torch's have something else there."""
+        path = self._model_options().get("init_args.scheduler.class_path")
+        if path is None:  # a function, or the default
+            return
+        second = list(inspect.signature(pkgutil.resolve_name(path)).parameters)[1]
+        if second not in ITERATIONS:
+            raise ConfigError(
+                f"model.scheduler={path}: called with an optimiser and the number of iterations, which it would take for its {second!r}; "
+                f"allowed are classes that have {', '.join(ITERATIONS)} there, as CosineAnnealingLR, and functions: "
+                "def mine(optimizer, iterations) -> LRScheduler: return StepLR(optimizer, 10)"
+            )
 
     def _last_checkpoint(self, parser: LightningArgumentParser) -> str | None:
         """Of the newest run of this config. Lightning's own ``last`` looks into the run's folder, here always a new one."""
@@ -161,7 +198,9 @@ class DistillCLI(LightningCLI):
                 raise
             raise ConfigError(str(plain)) from error
         if self.subcommand == "fit":
-            self.datamodule.check_learners(self.model.learners)  # before loggers begin
+            # Before loggers begin.
+            self.datamodule.check_learners(self.model.learners)
+            self.model.check_family()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         parser = self._parser(self.subcommand)

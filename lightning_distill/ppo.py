@@ -37,7 +37,8 @@ from .objectives import (
     ppo_loss,
 )
 from .policies import ActionNoise, action_distribution
-from .teaching import teach_many
+from .step_rules import check_outputs
+from .teaching import keep_random_state, teach_many
 
 Normaliser = tuple[Tensor, Tensor]
 
@@ -468,6 +469,10 @@ class PPO(L.LightningModule):
             raise ConfigError(
                 f"trainer.max_steps={self.trainer.max_steps}: allowed is -1; data.env_steps says how long a run is"
             )
+        if self.trainer.max_epochs != 1:
+            raise ConfigError(
+                f"trainer.max_epochs={self.trainer.max_epochs}: allowed is 1; one epoch is the whole run, data.env_steps says how long"
+            )
         if self.resumed == (0, 0):  # else the checkpoint's
             self.seed = torch.initial_seed() % 2**31
         self.rank = self.global_rank
@@ -576,6 +581,16 @@ class PPO(L.LightningModule):
         taught = teach_many(self.family, dataset, 1).module.params
         for name, weight in self.actor.params().items():
             weight.copy_(taught[name])
+
+    def check_family(self) -> None:
+        """Raise ``ConfigError`` unless learners of the family can be drawn, taught and run. Random state stays as it is."""
+        try:
+            with keep_random_state(self.device), torch.no_grad():
+                self.draw()
+                inputs = torch.zeros(self.learners, 2, *self.learner_shape, device=self.device)
+                check_outputs(self.family.forward(self.policy_params(), inputs), (*inputs.shape[:2], self.spec.actions))
+        except Exception as error:  # somebody else's module may raise anything
+            raise ConfigError(f"model.family: its learners cannot be drawn, taught and run ({error})") from error
 
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .dataset import load, normalise
+from .dataset import DistilledDataset, load, normalise
 from .learners import (
     FIXED,
     Forward,
@@ -29,9 +29,6 @@ from .learners import (
 )
 from .nature import CONVOLUTIONS, HIDDEN
 from .step_rules import STEP_RULES, StepRule, best_steps
-
-if TYPE_CHECKING:
-    from .dataset import DistilledDataset
 
 #: Pairs on which modules are compared before they are stacked.
 CHECKED = 8
@@ -172,7 +169,7 @@ class StackedLearners(nn.Module):
 
 def teach(
     module: nn.Module,
-    dataset: DistilledDataset | str,
+    dataset: DistilledDataset | str | os.PathLike[str],
     step_rule: str | None = None,
     *,
     in_place: bool = False,
@@ -199,7 +196,7 @@ def teach(
         ValueError: the module does not take the dataset's observations, does not return its number of outputs, or has
             nothing to teach; or the dataset does not go with the step rule, or the module does not (``UnfitLearner``).
     """
-    dataset = load(dataset) if isinstance(dataset, str) else dataset
+    dataset = dataset if isinstance(dataset, DistilledDataset) else load(dataset)
     rule, numbers = _step_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
@@ -225,7 +222,7 @@ def teach(
 
 def teach_many(
     family: LearnerFamily | Sequence[nn.Module],
-    dataset: DistilledDataset | str,
+    dataset: DistilledDataset | str | os.PathLike[str],
     learners: int | None = None,
     step_rule: str | None = None,
     *,
@@ -235,7 +232,7 @@ def teach_many(
 
     Args:
         family: what learners are drawn from, by torch's global random state; or K modules of one architecture, which
-            are copied, taught in evaluation mode, and must be such that ``torch.func.vmap`` can run them.
+            are copied and taught in evaluation mode.
         dataset: as in :func:`teach`.
         learners: K, learners to draw; for a family only.
         step_rule: as in :func:`teach`.
@@ -244,7 +241,7 @@ def teach_many(
     Raises:
         ValueError: as :func:`teach`; or the modules differ in architecture, or in what is neither parameter nor buffer.
     """
-    dataset = load(dataset) if isinstance(dataset, str) else dataset
+    dataset = dataset if isinstance(dataset, DistilledDataset) else load(dataset)
     rule, numbers = _step_rule(dataset, step_rule)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):

@@ -203,6 +203,51 @@ def test_a_finished_run_with_one_validation_goes_on_for_longer(here, monkeypatch
     assert steps_logged(here / "runs" / "CartPole-v1" / "version_1") == [1600.0 * i for i in range(6, 11)]
 
 
+#: Learners that cannot be run, or not be taught by every rule.
+TWO_INPUTS = """
+from torch import nn
+
+class TwoInputs(nn.Linear):
+    def __init__(self, shape, outputs):
+        super().__init__(*shape, outputs)
+
+    def forward(self, observations, more):
+        return super().forward(observations)
+
+def no_bias(shape, outputs):
+    return nn.Sequential(nn.Linear(*shape, 8), nn.Tanh(), nn.Linear(8, outputs, bias=False))
+"""
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_what_is_tested_has_to_be_said(command, capsys, monkeypatch, here):
+    message = refused(capsys, monkeypatch, command, "--config", CONF / "cartpole_1d.yaml")
+    assert f"ckpt_path: not given; allowed for {command}" in message
+    assert not list(here.rglob("*.safetensors"))
+
+
+def test_a_test_alone_does_not_write_a_best_dataset(finished, monkeypatch, capsys, here):
+    last = finished[0] / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    options = [*QUICK, "--held_out.families=[]", f"--ckpt_path={last}"]
+    lightning("test", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
+    assert [path.name for path in here.rglob("*.safetensors")] == ["tested.safetensors"]
+    assert not list(here.rglob("*.ckpt"))
+    assert "the dataset that was tested" in capsys.readouterr().out
+
+
+def test_a_scheduler_may_be_a_function(here, monkeypatch):
+    Path("mine.py").write_text(
+        "from torch.optim.lr_scheduler import StepLR\n"
+        "def halved(optimizer, iterations) -> StepLR:\n    return StepLR(optimizer, iterations // 2, 0.5)\n"
+    )
+    options = [*QUICK, "--held_out.families=[]", "--model.scheduler=mine.halved"]
+    lightning("fit", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
+    with (here / "runs" / "CartPole-v1" / "version_0" / "metrics.csv").open(newline="") as file:
+        rates = [float(row["policy/optimizer_lr"]) for row in csv.DictReader(file) if row["policy/optimizer_lr"]]
+    assert rates[-1] == pytest.approx(rates[0] / 4)
+    assert len(set(rates)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -227,9 +272,26 @@ def test_a_finished_run_with_one_validation_goes_on_for_longer(here, monkeypatch
             ["data.num_envs=30", "multiples of model.learners=8"],
         ),
         (["--config", CONF / "acrobot.yaml", "--model.pears=3"], ["pears"]),
+        (
+            ["--config", CONF / "acrobot.yaml", "--model.scheduler=torch.optim.lr_scheduler.ExponentialLR"],
+            ["model.scheduler", "'gamma'", "T_max"],
+        ),
+        (
+            ["--config", CONF / "acrobot.yaml", "--trainer.gradient_clip_val=0.5"],
+            ["trainer.gradient_clip_val=0.5", "model.max_grad_norm"],
+        ),
+        (
+            ["--config", CONF / "acrobot.yaml", "--model.family=two_inputs.TwoInputs"],
+            ["model.family", "missing 1 required positional argument"],
+        ),
+        (
+            ["--config", CONF / "acrobot.yaml", "--model.family=two_inputs.no_bias", "--model.step_rule=newton"],
+            ["model.family", "2.bias"],
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_a_line_before_any_run_begins(options, words, capsys, monkeypatch, here):
+    Path("two_inputs.py").write_text(TWO_INPUTS)
     message = refused(capsys, monkeypatch, "fit", *options)
     for word in words:
         assert word in message

@@ -4,6 +4,7 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
+import gymnasium
 import lightning as L
 import pytest
 import torch
@@ -137,3 +138,18 @@ def test_a_simulator_has_a_thread_for_each_core_that_it_may_use():
     finally:
         os.sched_setaffinity(0, cores)
     assert CollectorDataModule("CartPole-v1").threads == len(cores)
+
+
+@pytest.mark.parametrize(("env", "warns"), [("Newtons-v0", True), ("HalfCheetah-v5", False)])
+def test_units_that_are_slow_to_learn_are_said(env, warns, caplog):
+    data = CollectorDataModule(env)
+    data.trainer = SimpleNamespace(
+        lightning_module=MetaPPO(data.spec), strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    data.setup("fit")
+    assert ("RescaleAction" in caplog.text) is warns
+
+
+gymnasium.register(
+    "Newtons-v0", lambda: gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1000.0, 1000.0)
+)

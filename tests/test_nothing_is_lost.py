@@ -157,6 +157,7 @@ def test_best_so_far_comes_along(here):
 
 def test_best_dataset_comes_along_into_another_working_directory(here, monkeypatch):
     before, after = ExportDataset(), ExportDataset()
+    after.fits = True
     before.folder, before.best_return, after.folder = Path("first"), 3.0, here / "second"
     make_dataset().save(here / "first" / "distilled.safetensors")
     state = before.state_dict()

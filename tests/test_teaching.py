@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
 from lightning_distill.learners import FIXED, tanh
-from lightning_distill.step_rules import sgd
+from lightning_distill.step_rules import STEP_RULES, sgd
 
 # --- the step --------------------------------------------------------------------------------------------------------
 
@@ -427,13 +427,42 @@ class Detached(Pair):
         (nn.Linear(17, 6).requires_grad_(False), r"no trainable parameter"),
         (nn.Identity(), r"no trainable parameter"),
         (nn.Embedding(17, 6), r"does not accept observations"),
+        (nn.LazyLinear(6), r"weight has no shape yet: run it once"),
     ],
 )
 def test_modules_that_do_not_fit(module, match):
     with pytest.raises(ValueError, match=match):
         teach(module, make_dataset())
-    with pytest.raises(ValueError, match=r"does not accept|returns|no trainable"):
+    with pytest.raises(ValueError, match=r"does not accept|returns|no trainable|no shape"):
         teach_many([module, module], make_dataset())
+
+
+class Recurrent(nn.Module):
+    """Which ``torch.func.vmap`` cannot map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.linear = nn.LSTM(17, 16), nn.Linear(16, 6)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.linear(self.cells(observations.unsqueeze(0))[0][0])
+
+
+@pytest.mark.parametrize("rule", STEP_RULES)
+def test_recurrent_modules_are_taught_one_after_the_other(rule):
+    torch.manual_seed(0)
+    numbers = {"newton_ridge": torch.tensor(0.1), "line_search_scale": torch.tensor(1.0)}
+    modules, dataset = [Recurrent() for _ in range(3)], dataclasses.replace(make_dataset(), **numbers)
+    observation = torch.randn(3, 5, 17)
+    alone = torch.stack([teach(m, dataset, rule)(o) for m, o in zip(modules, observation, strict=True)])
+    torch.testing.assert_close(teach_many(modules, dataset, None, rule)(observation), alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rule", STEP_RULES)
+def test_a_module_that_returns_more_than_one_thing_is_named_by_every_rule(rule):
+    numbers = {"newton_ridge": torch.tensor(0.1), "line_search_scale": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="module returns a tuple, expected a tensor"):
+        teach(Pair(), dataclasses.replace(make_dataset(), **numbers), rule)
 
 
 @pytest.mark.parametrize("rule", ["newton", "projection"])
@@ -445,8 +474,10 @@ def test_another_number_of_outputs_is_named_by_every_rule(rule):
             teaching()
 
 
-def test_a_dataset_may_be_given_by_its_name():
+def test_a_dataset_may_be_given_by_its_name_or_path(tmp_path):
     module = nn.Linear(4, 2)
+    path = load("cartpole_1d_plain").save(tmp_path / "here.safetensors")
+    assert torch.equal(teach(module, path).module.weight, teach(module, str(path)).module.weight)
     expected = teach(module, load("cartpole_1d_plain"))
     taught = teach(module, "cartpole_1d_plain")
     assert torch.equal(taught.module.weight, expected.module.weight)

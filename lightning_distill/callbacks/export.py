@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 class ExportDataset(L.Callback):
-    """Writes ``distilled.safetensors`` (best by validation) and ``last.safetensors``, whole or not at all.
+    """Writes ``distilled.safetensors`` (best by validation) and ``last.safetensors``, whole or not at all; a test without a
+    ``fit`` before it writes ``tested.safetensors``.
 
     Args:
         dirpath: folder of the files; default: the run's log folder.
@@ -28,9 +29,11 @@ class ExportDataset(L.Callback):
         self.dirpath = dirpath
         self.best_return: float | None = None
         self.config = ""
+        self.fits = False
         self.folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+        self.fits = self.fits or stage == "fit"
         # Asked for here, on every process, as the answer is a broadcast.
         self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         if trainer.fast_dev_run:
@@ -61,7 +64,8 @@ class ExportDataset(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         # Where no checkpoints are kept the test is of the end, which is not the best by validation.
         of_the_end = trainer.ckpt_path is None and trainer.enable_validation and self.best_return is not None
-        self._write(trainer, pl_module, "last.safetensors" if of_the_end else "distilled.safetensors")
+        name = "last.safetensors" if of_the_end else "distilled.safetensors"
+        self._write(trainer, pl_module, name if self.fits else "tested.safetensors")
 
     def on_exception(self, trainer: L.Trainer, pl_module: MetaPPO, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or pl_module.iteration == 0:
@@ -86,7 +90,7 @@ class ExportDataset(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run has a folder of its own: the best dataset so far comes along."""
         best = Path(state_dict["folder"]) / "distilled.safetensors"
-        if best.is_file():
+        if self.fits and best.is_file():
             self.best_return = state_dict["best_return"]
             if best.parent != self.folder:
                 copy_atomically(best, self.folder / best.name)

@@ -118,6 +118,7 @@ class RunReport(L.Callback):
         folder = self.folder
         found = [
             (folder / "distilled.safetensors", "the distilled dataset (best by validation)"),
+            (folder / "tested.safetensors", "the dataset that was tested"),
             (folder / "last.safetensors", "the dataset as it was at the end"),
             (folder / "report.html", "everything on one page"),
             (folder / "learning_curve.png", "return against environment steps"),
