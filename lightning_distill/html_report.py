@@ -11,7 +11,7 @@ from typing import Any
 
 from .dataset import DistilledDataset, write_atomically
 from .pictures import Curves, draw_returns, label_curves, new_figure
-from .tables import Evaluations, shares
+from .tables import Evaluations, rows
 
 #: Title and curves (metric → label) of each panel; W&B groups the same metrics by what stands before their slash.
 PANELS: tuple[tuple[str, dict[str, str]], ...] = (
@@ -177,12 +177,11 @@ def _made_with(environment: Mapping[str, Any]) -> str:
 
 def _returns(evaluations: Evaluations) -> str:
     columns = ("family", "actions", "return", "± 95 % CI", "std", "IQM", "worst", "learners", "share")
-    rows = []
-    for family, kinds in evaluations.items():
-        for kind, e in kinds.items():
-            share = shares(evaluations, kind).get(family)
-            numbers = [f"{value:,.1f}" for value in (e.mean, e.ci95, e.std, e.iqm, e.worst)]
-            cells = [family, kind, *numbers, len(e.returns), "" if share is None else f"{share:.0%}"]
-            rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    lines = []
+    for row in rows(evaluations):
+        numbers = [f"{row[name]:,.1f}" for name in ("mean", "ci95", "std", "iqm", "worst")]
+        share = "" if row["share"] is None else f"{row['share']:.0%}"
+        cells = [row["family"], row["actions"], *numbers, row["learners"], share]
+        lines.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

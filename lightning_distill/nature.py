@@ -120,7 +120,7 @@ def _first_layers(level: int, channels: Sequence[int], width: int) -> Layers:
     return Layers(dict(list(_hidden_layers(channels, width).items())[: CUTS[level]]), 3)
 
 
-def make_critic(shape: Sequence[int]) -> Layers:
+def make_nature_critic(shape: Sequence[int]) -> Layers:
     """State value on an encoder's features [..., *shape]: the rest of the network with one output, [..., 1]."""
     level = level_of(shape)
     layers = list(_hidden_layers((4, 32, 64, 64), 512).items())[CUTS[level] :]

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .critics import make_critic
 from .data import Stage
 from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
-from .learners import FIXED, LearnerFamily, Params, tanh
+from .learners import FIXED, LearnerFamily, Params
 from .moments import FrameScale, RunningMoments
-from .nature import LEVELS, OutputLayer, make_critic, make_encoder, scaled
+from .nature import LEVELS, make_encoder, scaled
 from .objectives import (
     approximate_kl,
     discounted_sums,
@@ -155,7 +156,7 @@ class PPO(L.LightningModule):
         self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
         self.actor = self.make_actor(log_std, log_std_min)
-        self.critic = make_critic(self.learner_shape) if self.spec.frames else _critic(self.spec)
+        self.critic = make_critic(self.learner_shape, self.spec.frames)
         self.observation_moments = FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape)
         self.return_moments = RunningMoments()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
@@ -653,24 +654,3 @@ class PolicyWeights(nn.Module):
 
     def params(self) -> Params:
         return dict(zip(self.names, self.weights, strict=True))
-
-
-class Tanh(nn.Module):
-    """As a layer, :func:`lightning_distill.learners.tanh`."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return tanh(inputs)
-
-
-def _critic(spec: EnvSpec) -> nn.Sequential:
-    """State value: MLP 64-64 tanh on normalised observations, orthogonal (gain √2, output 1)."""
-    sizes = [torch.Size(spec.observation_shape).numel(), 64, 64]
-    layers: list[nn.Module] = [nn.Flatten(start_dim=-len(spec.observation_shape))]
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(fan_in, fan_out), Tanh()]
-    layers.append(OutputLayer(sizes[-1], 1))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, 2**0.5 if layer.out_features > 1 else 1.0)
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)

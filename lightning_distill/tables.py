@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .evaluation import IN_DISTRIBUTION
 
@@ -23,26 +23,30 @@ def returns_table(title: str, evaluations: Evaluations, players: str = "fresh le
     from rich.markup import escape
     from rich.table import Table
 
-    first = next(iter(next(iter(evaluations.values())).values()))
-    learners, episodes = first.returns.shape
-    table = Table(title=escape(title), caption=f"{learners} {players}, {episodes} episode(s) each")
+    found = rows(evaluations)
+    table = Table(
+        title=escape(title), caption=f"{found[0]['learners']} {players}, {found[0]['episodes']} episode(s) each"
+    )
     for column in ("family", "actions"):
         table.add_column(column)
     for column in ("return ± 95 % CI", "std", "IQM", "worst"):
         table.add_column(column, justify="right")
-    kinds = [kind for kind in ("sampled", "greedy") if any(kind in entry for entry in evaluations.values())]
-    share_of = {kind: shares(evaluations, kind) for kind in kinds}
-    if any(share_of.values()):
+    if any(row["share"] is not None for row in found):
         table.add_column("share", justify="right")
-    for family, entry in evaluations.items():
-        for kind in kinds:
-            if kind not in entry:
-                continue
-            e = entry[kind]
-            cells = [f"{e.mean:.1f} ± {e.ci95:.1f}", f"{e.std:.1f}", f"{e.iqm:.1f}", f"{e.worst:.1f}"]
-            share = share_of[kind].get(family)
-            table.add_row(escape(family), kind, *cells, *([] if share is None else [f"{share:.0%}"]))
+    for row in found:
+        cells = [f"{row['mean']:.1f} ± {row['ci95']:.1f}", *(f"{row[name]:.1f}" for name in ("std", "iqm", "worst"))]
+        share = [] if row["share"] is None else [f"{row['share']:.0%}"]
+        table.add_row(escape(row["family"]), row["actions"], *cells, *share)
     return table
+
+
+def rows(evaluations: Evaluations) -> list[dict[str, Any]]:
+    """What is said of each family and kind of action: ``family``, ``actions``, an evaluation's ``as_dict()``, ``share`` (or None)."""
+    return [
+        {"family": family, "actions": kind, **entry.as_dict(), "share": shares(evaluations, kind).get(family)}
+        for family, kinds in evaluations.items()
+        for kind, entry in kinds.items()
+    ]
 
 
 def shares(evaluations: Evaluations, kind: str) -> dict[str, float]:

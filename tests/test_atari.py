@@ -17,7 +17,7 @@ from lightning_distill.evaluation import trained_family
 from lightning_distill.families import family_named
 from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
-from lightning_distill.nature import encoder_from, make_critic, make_encoder, scaled
+from lightning_distill.nature import encoder_from, make_encoder, make_nature_critic, scaled
 from lightning_distill.pictures import _action_names, draw_pairs
 from lightning_distill.step_rules import STEP_RULES
 from lightning_distill.teaching import with_line_search
@@ -182,7 +182,7 @@ def test_encoder_and_learner_are_the_whole_network_cut_in_two(level):
     with torch.no_grad():
         expected = torch.stack([network(x) for network, x in zip(networks, frames, strict=True)])
         torch.testing.assert_close(family.forward(params, features), expected, rtol=1e-4, atol=1e-5)
-        assert make_critic(SHAPES[level])(features).shape == (2, 3, 1)
+        assert make_nature_critic(SHAPES[level])(features).shape == (2, 3, 1)
 
 
 @pytest.mark.parametrize("name", ["nature_256", "nature_tanh", "nature_default_init", "nature_xavier", "residual_cnn"])

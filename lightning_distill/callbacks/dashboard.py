@@ -14,6 +14,7 @@ from ..dataset import DistilledDataset
 from ..evaluation import IN_DISTRIBUTION, as_returns
 from ..meta_ppo import MetaPPO
 from ..ppo import PPO
+from ..tables import rows
 
 
 class Dashboard(L.Callback):
@@ -55,13 +56,9 @@ class Dashboard(L.Callback):
             return
         import wandb
 
-        columns = ["family", "actions", "mean", "ci95", "std", "iqm", "worst", "learners", "episodes"]
-        rows = [
-            [family, kind, *(entry.as_dict()[name] for name in columns[2:])]
-            for family, kinds in pl_module.evaluations.items()
-            for kind, entry in kinds.items()
-        ]
-        run.log({"test/returns": wandb.Table(columns=columns, data=rows)})
+        columns = ["family", "actions", "mean", "ci95", "std", "iqm", "worst", "learners", "episodes", "share"]
+        data = [[row[name] for name in columns] for row in rows(pl_module.evaluations)]
+        run.log({"test/returns": wandb.Table(columns=columns, data=data)})
         if not isinstance(pl_module, MetaPPO):
             return
         dataset = _described(pl_module)
