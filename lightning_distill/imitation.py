@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from .dataset import normalise
-from .envs import make_env, stream_seed
+from .envs import ConfigError, make_env, stream_seed
 from .experts import expert_from
 from .meta_ppo import MetaPPO
 from .policies import action_distribution
@@ -55,6 +55,8 @@ class Imitation(MetaPPO):
         final_noise: PositiveFloat = 1.0,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("critic_warmup"):
+            raise ConfigError(f"model.critic_warmup={kwargs['critic_warmup']}: Imitation has no critic; allowed is 0")
         super().__init__(spec, lifetime=lifetime, epochs=epochs, final_noise=final_noise, **kwargs)
         self._expert = expert_from(expert, self.spec)  # no module, so no part of this one's state
         log_std = self._expert.log_std

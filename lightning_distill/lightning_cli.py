@@ -142,6 +142,8 @@ class DistillCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
         # Evaluations are gathered before they are logged: all processes log the same.
         warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
+        # While the critic warms up, the actor's schedule goes on without it.
+        warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\).* before .*optimizer.step\(\).*")
         trainer = self._get(self.config, "trainer")
         root = trainer.get("default_root_dir") or os.getcwd()
         try:

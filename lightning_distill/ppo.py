@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -110,6 +110,8 @@ class PPO(L.LightningModule):
         noise_falls_from: share of the run after which it falls there, linearly.
         start: a distilled dataset, by name in the zoo or by path: the policy begins as a fresh learner of the family taught on it,
             with its encoder, its noise and its normaliser, which stays as it is there. The critic begins anew.
+        critic_warmup: iterations at the beginning of the run in which the critic alone learns: what it says at first would undo
+            what ``start`` can do.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class PPO(L.LightningModule):
         final_noise: PositiveFloat = 1.0,
         noise_falls_from: ClosedUnitInterval = 0.0,
         start: str | None = None,
+        critic_warmup: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         if not 0 < final_noise <= 1:
@@ -153,6 +156,7 @@ class PPO(L.LightningModule):
         self.clip, self.target_kl, self.entropy_coef, self.value_coef = clip, target_kl, entropy_coef, value_coef
         self.noise_rate, self.final_noise, self.noise_falls_from = noise_rate, final_noise, noise_falls_from
         self.epochs, self.minibatches, self.max_grad_norm = epochs, minibatches, max_grad_norm
+        self.critic_warmup = critic_warmup
         self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
         self.actor = self.make_actor(log_std, log_std_min)
@@ -308,7 +312,7 @@ class PPO(L.LightningModule):
             )
         device = samples["advantage"].device
         metrics: dict[str, list[Tensor]] = {}
-        stopped = False
+        stopped = warming = int(self.iteration) < self.critic_warmup
         for _ in range(self.epochs):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
@@ -330,6 +334,8 @@ class PPO(L.LightningModule):
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 self.manual_backward(policy_loss + self.value_coef * value_loss)
+                if warming:
+                    self.encoder.zero_grad()  # the actor's, too
                 found["gradient/critic"] = clipped_step(critic_optimizer, critic_params, self.max_grad_norm)
                 if not stopped:
                     found["gradient/actor"] = clipped_step(actor_optimizer, actor_params, self.max_grad_norm)
@@ -449,6 +455,10 @@ class PPO(L.LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
+        if self.critic_warmup >= self._iterations:
+            raise ConfigError(
+                f"model.critic_warmup={self.critic_warmup}: the run has {self._iterations} iterations, allowed are fewer"
+            )
         return optimizers, [self.scheduler(optimizer, self._iterations) for optimizer in optimizers]
 
     def _actor_optimizer(self) -> Optimizer:

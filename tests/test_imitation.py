@@ -196,6 +196,11 @@ def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
         Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "other.ckpt"))
 
 
+def test_a_warmup_of_the_critic_that_imitation_lacks_is_refused():
+    with pytest.raises(ConfigError, match=r"model.critic_warmup=3: Imitation has no critic; allowed is 0"):
+        Imitation(env_spec("CartPole-v1"), expert="cartpole_1d_plain", critic_warmup=3)
+
+
 def test_a_run_starts_from_a_dataset():
     dataset = load("inverted_pendulum")
     module = MetaPPO(env_spec(dataset.env), start="inverted_pendulum", observation_gain=0.3)

@@ -215,6 +215,29 @@ def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
     assert before.env_steps == 320
 
 
+@pytest.mark.parametrize("model", [MetaPPO, PPO])
+def test_in_its_warmup_the_critic_alone_learns(model):
+    class Changes(L.Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.before = {name: value.clone() for name, value in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            changed = {name for name, value in pl_module.named_parameters() if not value.equal(self.before[name])}
+            self.found.append({name.partition(".")[0] for name in changed})
+
+    changes = Changes()
+    small_run(iterations=3, model=model, critic_warmup=2, callbacks=[changes])
+    assert changes.found == [{"critic"}, {"critic"}, {"critic", "actor"}]
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(ConfigError, match=r"model.critic_warmup=2: the run has 2 iterations, allowed are fewer"):
+        small_run(iterations=2, critic_warmup=2)
+
+
 def test_counters_and_normalisers_take_in_everything():
     watch = Watch()
     module = small_run(iterations=3, callbacks=[watch])
