@@ -110,8 +110,8 @@ class PPO(L.LightningModule):
         noise_falls_from: share of the run after which it falls there, linearly.
         start: a distilled dataset, by name in the zoo or by path: the policy begins as a fresh learner of the family taught on it,
             with its encoder, its noise and its normaliser, which stays as it is there. The critic begins anew.
-        critic_warmup: iterations at the beginning of the run in which the critic alone learns: what it says at first would undo
-            what ``start`` can do.
+        critic_warmup: iterations at the beginning of the run in which the critic alone learns, not the encoder either: what it says at
+            first would undo what ``start`` can do.
     """
 
     def __init__(
@@ -335,7 +335,7 @@ class PPO(L.LightningModule):
                 critic_optimizer.zero_grad()
                 self.manual_backward(policy_loss + self.value_coef * value_loss)
                 if warming:
-                    self.encoder.zero_grad()  # the actor's, too
+                    self.encoder.zero_grad()  # it feeds the actor, too, which is to stay as it is
                 found["gradient/critic"] = clipped_step(critic_optimizer, critic_params, self.max_grad_norm)
                 if not stopped:
                     found["gradient/actor"] = clipped_step(actor_optimizer, actor_params, self.max_grad_norm)

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import math
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_meta_ppo import Changes, small_run
 from torch import nn
 
-from lightning_distill import (
-    CollectorDataModule,
-    ConfigError,
-    MetaPPO,
-    NatureCNN,
-    Variation,
-    evaluate,
-    load,
-    teach,
-    teach_many,
-    watching,
-)
+from lightning_distill import ConfigError, MetaPPO, NatureCNN, Variation, evaluate, load, teach, teach_many, watching
 from lightning_distill.envs import EnvSpec, env_spec, make_env
 from lightning_distill.envs.atari import AtariSimulator
 from lightning_distill.evaluation import trained_family
@@ -257,29 +246,11 @@ def test_meta_gradient_reaches_pairs_and_encoder(level, encoded):
 
 
 def test_the_encoder_waits_for_the_critic_as_the_actor_does():
-    class Changed(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            now = [
-                torch.cat([p.detach().flatten() for p in part.parameters()])
-                for part in (pl_module.encoder, pl_module.critic)
-            ]
-            if hasattr(self, "before"):
-                found.append([not new.equal(old) for new, old in zip(now, self.before, strict=True)])
-            self.before = now
-
-    found = []
-    data = CollectorDataModule("ALE/Pong-v5", env_steps=3 * 8, num_envs=2, rollout_length=4)
-    learning = MetaPPO(data.spec, pairs=2, learners=2, family="nature", encoder_level=4, critic_warmup=2)
-    options = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    L.Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, callbacks=[Changed()], **options).fit(
-        learning, data
-    )
-    assert found == [[False, True], [True, True]], "after the second iteration, and the third, of a warm-up of two"
+    changes = Changes()
+    data = {"env_steps": 3 * 8, "num_envs": 2, "rollout_length": 4}
+    options = {"pairs": 2, "learners": 2, "family": "nature", "encoder_level": 4, "critic_warmup": 2}
+    small_run("ALE/Pong-v5", callbacks=[changes], data=data, **options)
+    assert changes.found == [{"critic"}, {"critic"}, {"critic", "actor", "encoder"}]
 
 
 def test_a_run_starts_from_a_dataset_of_a_higher_encoder_level(tmp_path):

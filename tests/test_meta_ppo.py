@@ -53,6 +53,20 @@ class Watch(L.Callback):
         self.taught.append(pl_module._acting["0.weight"].clone())
 
 
+class Changes(L.Callback):
+    """Keeps, of each iteration, the parts of the module whose parameters changed."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.before = {name: value.clone() for name, value in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        changed = {name for name, value in pl_module.named_parameters() if not value.equal(self.before[name])}
+        self.found.append({name.partition(".")[0] for name in changed})
+
+
 def prepared(kind, seed=0):
     """A module in float64 that is ready to compute its policy loss on made-up samples."""
     torch.manual_seed(seed)
@@ -217,17 +231,6 @@ def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
 
 @pytest.mark.parametrize("model", [MetaPPO, PPO])
 def test_in_its_warmup_the_critic_alone_learns(model):
-    class Changes(L.Callback):
-        def __init__(self):
-            self.found = []
-
-        def on_train_batch_start(self, trainer, pl_module, *_):
-            self.before = {name: value.clone() for name, value in pl_module.named_parameters()}
-
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            changed = {name for name, value in pl_module.named_parameters() if not value.equal(self.before[name])}
-            self.found.append({name.partition(".")[0] for name in changed})
-
     changes = Changes()
     small_run(iterations=3, model=model, critic_warmup=2, callbacks=[changes])
     assert changes.found == [{"critic"}, {"critic"}, {"critic", "actor"}]
