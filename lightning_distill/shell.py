@@ -378,7 +378,9 @@ def _parser(name: str) -> Any:
             options["action"] = "store_true"
         elif hints[key] in (list[str] | None, list[int]):
             kind = int if hints[key] == list[int] else str
-            options |= {"type": kind, "nargs": "+", "metavar": "NUMBER" if kind is int else "NAME"}
+            metavar = "NUMBER" if kind is int else "NAME"
+            # Given twice, both count: of two ``--option`` the first would be lost without a word.
+            options |= {"type": kind, "nargs": "+", "action": "extend", "metavar": metavar}
         else:
             options["type"] = hints[key]
         parser.add_argument(*flags, **options)

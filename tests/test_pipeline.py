@@ -60,11 +60,12 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
     path = pipeline(STAGES.partition("student")[0])
     folders = []
     for rollout_length in (32, 32, 16):
-        main(["pipeline", path, "-o", "out", "--option", *OPTIONS, f"data.rollout_length={rollout_length}"])
+        main(["pipeline", path, "-o", "out", "--option", *OPTIONS, "--option", f"data.rollout_length={rollout_length}"])
         folders.append(Path(json.loads(Path("out/expert/finished.json").read_text())["folder"]))
     assert folders[0] == folders[1] != folders[2]
     config = yaml.safe_load((folders[2] / "config.yaml").read_text())
     assert config["data"]["rollout_length"] == 16
+    assert config["seed_everything"] == 3  # two ``--option`` add up
     assert logged_steps(folders[2]) == [128, 256, 384, 512]
     shorter = ["pipeline", path, "-o", "out", "--option", *OPTIONS, "data.rollout_length=16", "data.env_steps=256"]
     with monkeypatch.context() as killed:
