@@ -29,7 +29,8 @@ class Imitation(MetaPPO):
 
     The expert acts; the loss is KL(expert ‖ learner) in the states that it visits, back-propagated through the step. Pairs
     begin as random states of its episodes with its outputs, as they are before ``observation_gain``: where that is small pairs lie
-    further out than what learners are fed, for a longer step. Normaliser and noise are the expert's, ``log_std_min`` or not. There is no
+    further out than what learners are fed, for a longer step. Normaliser and noise are the expert's, ``log_std_min`` or not; of games
+    learners without an encoder are fed frames less the mean of those states: random features of what never moves drown what does. There is no
     noise of returns in it, so it takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
     Where actions are clipped to bounds, means beyond the same bound count as alike (:func:`within`).
     Learners' own states (DAgger, Ross et al. 2011) make a worse batch: those of learners that fall over outweigh all others.
@@ -76,6 +77,9 @@ class Imitation(MetaPPO):
         if self.iteration == 0 and self.start is None:
             states = self._episodes()
             self.env_steps += len(states) * self.trainer.world_size
+            if self.spec.frames and self.encoder_level == 0:
+                mean, std = states.mean(0, dtype=torch.float32), self.observation_moments.std
+                self._fix_normaliser(self.trainer.strategy.broadcast(mean), std)
             generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))
             rows = torch.randint(len(states), (self.synthetic_batch.pairs,), generator=generator)
             # Each process played episodes of its own; pairs are the same in all.

@@ -11,14 +11,14 @@ from .nature import FRAMES, WHITE
 
 
 class FrameScale(nn.Module):
-    """The fixed normaliser of frames of bytes, in place of running moments: mean 0, standard deviation 255."""
+    """The normaliser of frames of bytes, in place of running moments: mean 0 unless it is set, standard deviation 255."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(FRAMES), persistent=False)
+        self.register_buffer("mean", torch.zeros(FRAMES))
         self.register_buffer("std", torch.full(FRAMES, WHITE), persistent=False)
 
     def update(self, values: Tensor, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:

@@ -281,6 +281,35 @@ def test_imitation_begins_with_frames_and_trains_no_critic(tmp_path):
     assert not any(parameter.grad.any() for parameter in learning.critic.parameters())
 
 
+def test_learners_without_an_encoder_imitate_from_frames_less_their_mean(tmp_path, monkeypatch):
+    """In the run, by its file, by what a checkpoint holds, and where another run begins with the file."""
+    monkeypatch.setattr("lightning_distill.imitation.STEPS", 10)
+    expert = str(module(4).distilled().save(tmp_path / "expert.safetensors"))
+    seen = []
+
+    class Watched(Imitation):
+        def _episodes(self):
+            seen.append(super()._episodes())
+            return seen[0]
+
+    data = {"env_steps": 160 + 8, "num_envs": 2, "rollout_length": 4}
+    small = {"pairs": 2, "learners": 2, "family": NatureCNN(width=8, channels=(2, 3, 2))}
+    run = small_run("ALE/Pong-v5", Watched, iterations=1, data=data, expert=expert, **small)
+    frames, mean = seen[0], seen[0].float().mean(0)
+    assert mean.std() > 1
+    dataset = load(run.distilled().save(tmp_path / "d.safetensors"))
+    torch.testing.assert_close(dataset.observation_mean, mean)
+    torch.testing.assert_close(run.encode(frames), (frames - mean) / 255)
+    torch.testing.assert_close(dataset.normalise(frames), run.encode(frames))
+    restored, begun = (
+        Imitation(SPEC, expert=expert, **small),
+        MetaPPO(SPEC, start=str(tmp_path / "d.safetensors"), **small),
+    )
+    restored.load_state_dict(run.state_dict())
+    for other in (restored, begun):
+        torch.testing.assert_close(other.encode(frames), run.encode(frames))
+
+
 # --- files in use ----------------------------------------------------------------------------------------------------
 
 
