@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--encoder_level", type=int, help="of games: cut the dataset's encoder to this; 0 leaves none")
     parser.add_argument("--states", type=int, nargs="+", default=[8192], help="how many are taught")
     parser.add_argument(
+        "--of", type=int, default=0, help="how many are seen, of which those are drawn; default: the most taught"
+    )
+    parser.add_argument(
         "--gain", type=float, nargs="+", default=[1.0], help="times what the dataset's normaliser gives"
     )
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="times the expert's outputs")
@@ -71,7 +74,7 @@ def main() -> None:
         dataset = with_encoder_level(dataset, args.encoder_level, trained_family(dataset))
     spec = env_spec(dataset.env, dataset.env_kwargs)
     expert = expert_from(args.expert, spec)
-    seen, outputs = states(spec, expert, max(args.states), seed=1)
+    seen, outputs = states(spec, expert, max(args.of, *args.states), seed=1)
     unseen, expected = states(spec, expert, 2048, seed=2)
     mean = seen.mean(0) if args.centre else dataset.observation_mean
     family, rows = trained_family(dataset), []
