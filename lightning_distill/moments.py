@@ -24,6 +24,10 @@ class FrameScale(nn.Module):
     def update(self, values: Tensor, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
         """Nothing: what a byte means is known."""
 
+    def fix(self, mean: Tensor, std: Tensor) -> None:
+        """Take this mean [*FRAMES]; the standard deviation is the same always."""
+        self.mean.copy_(mean)
+
 
 class RunningMoments(nn.Module):
     """Mean and variance of everything seen so far, elementwise over ``shape`` (Chan, Golub & LeVeque 1979).
@@ -56,6 +60,12 @@ class RunningMoments(nn.Module):
         self.variance.copy_(self.variance * (1 - weight) + variance * weight + delta.square() * weight * (1 - weight))
         self.mean.add_(delta * weight)
         self.count.copy_(total.flatten()[0])
+
+    def fix(self, mean: Tensor, std: Tensor) -> None:
+        """Take these [*shape] for good: nothing that is seen moves them."""
+        self.mean.copy_(mean)
+        self.variance.copy_(std.square())
+        self.count.fill_(torch.inf)
 
     @property
     def std(self) -> Tensor:

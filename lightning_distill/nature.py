@@ -52,13 +52,18 @@ def level_of(shape: Sequence[int]) -> int:
     return SIDES.index(shape[1])
 
 
-def scaled(frames: Tensor) -> Tensor:
-    """Bytes [..., C, H, W] over 255, laid out as convolutions want them (channels last), in the precision they run in."""
+def scaled(frames: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Bytes [..., C, H, W], less a mean [C, H, W] if there is one, over 255, laid out as convolutions want them (channels last), in the
+    precision they run in."""
     kind = frames.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     # Moved while they are bytes: half the time of a conversion that moves.
     flat = frames.reshape(-1, *frames.shape[-3:]).contiguous(memory_format=torch.channels_last)
-    return flat.to(dtype, copy=True).div_(WHITE).view(frames.shape)
+    flat = flat.to(dtype, copy=True).div_(WHITE)
+    if mean is not None:
+        # In the same layout, as another takes twice as long as all that is above.
+        flat.sub_((mean / WHITE).to(dtype).unsqueeze(0).contiguous(memory_format=torch.channels_last))
+    return flat.view(frames.shape)
 
 
 class Layers(nn.Sequential):

@@ -29,7 +29,7 @@ from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
 from .learners import FIXED, LearnerFamily, Params
 from .moments import FrameScale, RunningMoments
-from .nature import LEVELS, WHITE, make_encoder, scaled
+from .nature import LEVELS, make_encoder, scaled
 from .objectives import (
     approximate_kl,
     discounted_sums,
@@ -191,10 +191,7 @@ class PPO(L.LightningModule):
             normaliser: mean and standard deviation [*obs] each; default: the running ones, which the critic has.
         """
         if self.spec.frames:
-            frames = scaled(observations)
-            if self.encoder_level == 0:
-                frames = frames - (self.observation_moments.mean / WHITE).to(frames.dtype)
-            return self.encoder(frames)
+            return self.encoder(scaled(observations, None if self.encoder_level else self.observation_moments.mean))
         mean, std = normaliser or self._normaliser
         return normalise(observations.float(), mean, std, OBSERVATION_CLIP)
 
@@ -575,13 +572,9 @@ class PPO(L.LightningModule):
         self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
 
     def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
-        """Take this normaliser for good. Frames' standard deviation is the same always."""
-        moments = self.observation_moments
-        moments.mean.copy_(mean)
-        if self.spec.frames:
-            return
-        moments.variance.copy_(std.square())
-        moments.count.fill_(torch.inf)  # nothing that is seen moves them
+        """Take this normaliser for good; encoders are fed frames as they are, whatever it is."""
+        if not self.encoder_level:
+            self.observation_moments.fix(mean, std)
 
     def _at_encoder_level(self, dataset: DistilledDataset) -> DistilledDataset:
         """A dataset whose encoder has as many layers as this run's, made of ``model.start``'s."""

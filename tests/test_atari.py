@@ -308,6 +308,9 @@ def test_learners_without_an_encoder_imitate_from_frames_less_their_mean(tmp_pat
     restored.load_state_dict(run.state_dict())
     for other in (restored, begun):
         torch.testing.assert_close(other.encode(frames), run.encode(frames))
+    # Encoders are fed frames as they are, and the file says so, whatever the expert is fed.
+    encoded = Imitation(SPEC, expert=str(tmp_path / "d.safetensors"), encoder_level=1, **small)
+    assert not encoded.distilled().observation_mean.any()
 
 
 # --- files in use ----------------------------------------------------------------------------------------------------
