@@ -118,6 +118,17 @@ WITHOUT_FORCES = {f"include_{part}_in_observation": False for part in ("cinert",
         ("Ant-v5", {"include_cfrc_ext_in_observation": False}, 13, 2, 1e-3),
         ("Humanoid-v5", WITHOUT_FORCES, 22, 2, 1e-4),
         ("HumanoidStandup-v5", WITHOUT_FORCES, 22, 2, 1e-4),
+        ("HalfCheetah-v5", {"ctrl_cost_weight": 0, "forward_reward_weight": 2}, 8, 1, 1e-4),
+        ("Hopper-v5", {"healthy_reward": 0.1, "ctrl_cost_weight": 0.5}, 5, 1, 1e-4),
+        ("Walker2d-v5", {"healthy_reward": 0.1, "ctrl_cost_weight": 0.5, "forward_reward_weight": 2}, 8, 1, 1e-4),
+        (
+            "Ant-v5",
+            {"include_cfrc_ext_in_observation": False, "healthy_reward": 3, "contact_cost_weight": 0},
+            13,
+            2,
+            1e-3,
+        ),
+        ("Humanoid-v5", WITHOUT_FORCES | {"healthy_reward": 1.5, "ctrl_cost_weight": 0}, 22, 2, 1e-4),
     ],
 )
 def test_faster_backend_has_the_same_physics(env, kwargs, positions, absolute, within):
@@ -156,8 +167,27 @@ def test_without_the_faster_backend_gymnasium_simulates(env, kwargs, monkeypatch
         make_env(env_spec(env, kwargs), 2, seed=0, backend="envpool")
 
 
-def test_an_environment_that_the_faster_backend_rewards_otherwise_is_gymnasiums():
-    assert isinstance(make_env(env_spec("HumanoidStandup-v4"), 2, seed=0).simulator, GymnasiumSimulator)
+@pytest.mark.parametrize("backend", ["gymnasium", "envpool"])
+def test_arguments_of_how_episodes_begin_and_end(backend):
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    kwargs = {"terminate_when_unhealthy": False, "reset_noise_scale": 0}
+    env = make_env(env_spec("Hopper-v5", kwargs), 4, seed=0, backend=backend)
+    assert torch.equal(*env.reset()["observation"][:2])
+    assert not any(done.any() for done, *_ in random_play(env))  # a hopper falls within 60 steps, as is seen above
+
+
+@pytest.mark.parametrize("env", ["Humanoid-v4", "HumanoidStandup-v4"])
+def test_an_environment_that_the_faster_backend_makes_otherwise_is_gymnasiums(env):
+    assert isinstance(make_env(env_spec(env), 2, seed=0).simulator, GymnasiumSimulator)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"healthy_z_range": [0.3, 0.85]}, {"use_contact_forces": True}, {"xml_file": "ant.xml"}]
+)
+def test_arguments_that_the_faster_backend_lacks_are_gymnasiums(kwargs):
+    name = "Ant-v4" if "use_contact_forces" in kwargs else "Ant-v5"
+    assert isinstance(make_env(env_spec(name, kwargs), 2, seed=0).simulator, GymnasiumSimulator)
 
 
 def test_finished_environments_restart_in_a_smaller_observation():
@@ -252,8 +282,8 @@ def test_what_cannot_be_learned_from_is_named(env, kwargs, message):
 def test_backend_that_cannot_make_an_environment_says_so():
     with pytest.raises(ConfigError, match="envpool"):
         make_env(env_spec("ProbeContext-v0"), 2, seed=0, backend="envpool")
-    with pytest.raises(ConfigError, match="reset_noise_scale"):
-        make_env(env_spec("Ant-v5", {"reset_noise_scale": 0.2}), 2, seed=0, backend="envpool")
+    with pytest.raises(ConfigError, match="frame_skip"):
+        make_env(env_spec("Ant-v5", {"frame_skip": 2}), 2, seed=0, backend="envpool")
 
 
 def test_training_and_evaluation_seeds_never_meet():

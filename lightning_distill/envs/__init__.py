@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from .spec import ConfigError, EnvSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torchrl.envs import EnvBase
 
@@ -25,8 +24,18 @@ __all__ = ["Backend", "ConfigError", "EnvSpec", "env_spec", "make_env", "simulat
 
 Backend = Literal["auto", "gymnasium", "processes", "envpool"]
 
-#: What envpool makes with another reward than Gymnasium's: there without the cost of impacts.
-REWARDED_OTHERWISE = ("HumanoidStandup-v4",)
+#: What envpool makes without the contact forces that Gymnasium's observe or pay for.
+WITHOUT_CONTACTS = ("Humanoid-v4", "HumanoidStandup-v4")
+
+#: Arguments of Gymnasium's MuJoCo environments that envpool's have by the same name.
+SHARED_ARGUMENTS = (
+    "forward_reward_weight",
+    "ctrl_cost_weight",
+    "contact_cost_weight",
+    "healthy_reward",
+    "terminate_when_unhealthy",
+    "reset_noise_scale",
+)
 
 #: Seeds of evaluation start here and never meet those of training, which end below.
 EVALUATION_SEEDS = 2**30
@@ -183,32 +192,36 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
 
 
 @_known_warnings_filtered()
-def _envpool_entries(spec: EnvSpec) -> np.ndarray | slice | None:
-    """Which entries of envpool's observation are this environment's; None if envpool cannot make it.
+def _envpool_options(spec: EnvSpec) -> dict[str, Any] | None:
+    """What makes this environment by :class:`EnvPoolSimulator`; None if envpool cannot.
 
-    Its arguments may only leave parts of the observation out. Gymnasium's MuJoCo environments name these arguments
-    ``include_PART_in_observation``, and the parts' sizes.
+    Arguments may leave parts of the observation out (Gymnasium's MuJoCo environments name these arguments
+    ``include_PART_in_observation``, and the parts' sizes), or be such as both have.
     """
     if importlib.util.find_spec("envpool") is None:
         return None
     import envpool
     import numpy as np
 
-    if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/") or spec.id in REWARDED_OTHERWISE:
+    if spec.id not in envpool.list_all_envs() or spec.id.startswith("ALE/") or spec.id in WITHOUT_CONTACTS:
         return None
-    if not spec.kwargs:
-        its_shape = envpool.make_spec(spec.id).gymnasium_observation_space.shape
-        return slice(None) if its_shape == spec.observation_shape else None  # it flattens nothing
-    if any(spec.kwargs.values()):
+    its = envpool.make_spec(spec.id)
+    kwargs = {name: value for name, value in spec.kwargs.items() if name in SHARED_ARGUMENTS}
+    left_out = spec.kwargs.keys() - kwargs.keys()
+    if any(map(spec.kwargs.get, left_out)) or not kwargs.keys() <= set(its.config._fields):
         return None
-    hidden = {key.removeprefix("include_").removesuffix("_in_observation") for key in spec.kwargs}
+    if not left_out:
+        # It flattens nothing.
+        return {"kwargs": kwargs} if its.gymnasium_observation_space.shape == spec.observation_shape else None
+    hidden = {key.removeprefix("include_").removesuffix("_in_observation") for key in left_out}
     made = _gymnasium_env(spec.id, {})
     sizes = getattr(made.unwrapped, "observation_structure", {})
     made.close()
     if not hidden <= sizes.keys():
         return None
     parts = {part: size for part, size in sizes.items() if not part.startswith("skipped_")}
-    return np.flatnonzero(np.repeat([part not in hidden for part in parts], list(parts.values())))
+    entries = np.flatnonzero(np.repeat([part not in hidden for part in parts], list(parts.values())))
+    return {"kwargs": kwargs, "entries": entries}
 
 
 def make_env(
@@ -228,9 +241,8 @@ def make_env(
         num_envs: batch size of the environment.
         seed: of its start states.
         backend: who simulates a Gymnasium id: ``gymnasium`` (one after the other), ``processes`` (gymnasium, one
-            process each), ``envpool`` (C++ threads; needs the extra ``fast``, and ``env_kwargs`` may only leave
-            parts out of the observation); ``auto`` takes
-            envpool where it has the id. Atari games have a simulator of their own.
+            process each), ``envpool`` (C++ threads; needs the extra ``fast``, and of ``env_kwargs`` may only leave
+            parts out of the observation and have ``SHARED_ARGUMENTS``); ``auto`` takes envpool where it can. Atari games have a simulator of their own.
         threads: of envpool and of the Atari emulator.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
         training: first episodes are truncated at staggered times, see :class:`VectorEnv`; Atari: clip rewards, and end an
@@ -263,15 +275,15 @@ def make_env(
         if spec.action_type == "continuous":
             env = TransformedEnv(env, ClippedActions(spec))
         return _truncated(env, max_episode_steps)
-    entries = _envpool_entries(spec) if backend in ("auto", "envpool") else None
-    if backend == "envpool" or entries is not None:
-        if entries is None:
+    options = _envpool_options(spec) if backend in ("auto", "envpool") else None
+    if backend == "envpool" or options is not None:
+        if options is None:
             raise ConfigError(
                 f"data.backend='envpool' cannot make {spec.id!r} with env_kwargs={spec.kwargs}; allowed: an id that an "
-                "installed envpool (extra 'fast') lists, and of env_kwargs include_PART_in_observation=false. Otherwise: auto, "
-                "gymnasium, processes"
+                f"installed envpool (extra 'fast') lists, and of env_kwargs include_PART_in_observation=false, {', '.join(SHARED_ARGUMENTS)}. "
+                "Otherwise: auto, gymnasium, processes"
             )
-        simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads, entries=entries)
+        simulator = partial(_make, EnvPoolSimulator, spec, num_envs, threads=threads, **options)
         return VectorEnv(spec, num_envs, simulator, seed, limit)
     simulator = ProcessSimulator if backend == "processes" else GymnasiumSimulator
     return VectorEnv(spec, num_envs, partial(_make, simulator, spec, num_envs), seed, limit)

@@ -125,11 +125,21 @@ def _lost_ones_named() -> Iterator[None]:
 class EnvPoolSimulator:
     """``envpool``: the same physics in C++ threads (extra ``fast``); of its observations only ``entries`` are shown."""
 
-    def __init__(self, spec: EnvSpec, num_envs: int, seed: int, threads: int, entries: np.ndarray | slice) -> None:
+    def __init__(
+        self,
+        spec: EnvSpec,
+        num_envs: int,
+        seed: int,
+        threads: int,
+        kwargs: dict[str, Any],
+        entries: np.ndarray | slice = slice(None),
+    ) -> None:
         import envpool
 
         self.entries = entries
-        self.envs = envpool.make(spec.id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
+        self.envs = envpool.make(
+            spec.id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **kwargs
+        )
         _ = self.envs.observation_space  # made once, here, where what that warns of is filtered
 
     def _of_all(self, partial: np.ndarray, info: dict[str, np.ndarray]) -> np.ndarray:
