@@ -16,7 +16,7 @@ import marked
 
 from lightning_distill import evaluate_all, load
 from lightning_distill.evaluation import IN_DISTRIBUTION, as_returns, trained_family
-from lightning_distill.families import FAMILIES, HELD_OUT, families_apart
+from lightning_distill.families import FAMILIES, HELD_OUT, TRAINED_ON, families_apart
 
 RECORD = Path(__file__).with_suffix(".json")
 
@@ -32,6 +32,11 @@ def measured(name: str, learners: int, threads: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
+    # Of a family that was drawn while distilling the entry says so.
+    found = {
+        name: {family.removesuffix(TRAINED_ON): entry for family, entry in returns.items()}
+        for name, returns in found.items()
+    }
     rows = []
     for family in (IN_DISTRIBUTION, *HELD_OUT):
         row = [family.replace("_", " ")]

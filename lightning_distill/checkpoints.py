@@ -75,7 +75,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.fits = self.fits or stage == "fit"
+        self.fits = stage == "fit"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -114,9 +114,14 @@ class RunCheckpoint(ModelCheckpoint):
             logger.warning("no checkpoint of the moment it stopped: %s. The one before is whole.", error)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The best so far comes along into the new run's folder, so that what follows is measured against it."""
+        """The best so far comes along into the new run's folder, so that what follows is measured against it.
+
+        Not where a checkpoint is tested: what was the last one when it was written no longer is.
+        """
+        if not self.fits:
+            return
         if state_dict["dirpath"] != self.dirpath:
-            if self.monitor is None or not self.fits:
+            if self.monitor is None:
                 return
             state_dict = self._carried_along(state_dict)
         if state_dict:

@@ -72,8 +72,8 @@ class TrainedPolicy(Expert):
             )
         try:
             # Options given in Python are not among the settings.
-            family = settings.get("family") or checkpoint.get("family", "paper")
-            family = as_family(family) if isinstance(family, str) else family_from(family)
+            named = settings.get("family")
+            family = as_family(named) if isinstance(named, str) else family_from(checkpoint["family"])
             names = ("encoder_level", "log_std_min")
             module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
             module.load_state_dict(state)

@@ -35,7 +35,8 @@ class MetaPPO(PPO):
     the PPO loss reaches the batch through the step.
 
     Args:
-        spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
+        spec: the environment, as an ``EnvSpec``. The command line gives its ``as_dict()``, from the data module, and plain values for all
+            else, which a checkpoint then keeps.
         pairs: n, rows of the synthetic batch; default: the paper's c / 2 + 1, rounded up, for c discrete actions; 64 for continuous ones.
         learners: K, fresh learners in each rollout; divides the number of environments.
         lifetime: rollouts for which learners act before others take their place. They are re-taught all the while. A learner

@@ -64,7 +64,7 @@ class RunningMoments(nn.Module):
     def fix(self, mean: Tensor, std: Tensor) -> None:
         """Take these [*shape] for good: nothing that is seen moves them."""
         self.mean.copy_(mean)
-        self.variance.copy_(std.square())
+        self.variance.copy_(std.double().square() - 1e-8)  # which ``std`` adds
         self.count.fill_(torch.inf)
 
     @property

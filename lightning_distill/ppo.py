@@ -85,7 +85,8 @@ class PPO(L.LightningModule):
     the learning rate: an eighth of the updates.
 
     Args:
-        spec: the environment, as an ``EnvSpec`` or its ``as_dict()``; the command line takes it from the data module.
+        spec: the environment, as an ``EnvSpec``. The command line gives its ``as_dict()``, from the data module, and plain values for all
+            else, which a checkpoint then keeps.
         family: what learners are drawn from: a name (``paper``: MLP 64-64 tanh, orthogonal), or a family by class path.
         encoder_level: l ∈ 0…4, for Atari: the first l layers of the Nature CNN are one encoder, trained along with the
             critic by the gradient of the whole loss; learners and critic are fed its features.
@@ -288,7 +289,9 @@ class PPO(L.LightningModule):
             self._running = reward.new_zeros(2, len(reward))
         sums = discounted_sums(reward, done, self._running, reward.new_tensor([self.gamma, 1.0]))
         self._running = sums[..., -1].masked_fill(done[:, -1], 0.0)
-        self._episode_returns.extend(sums[1][done].tolist())
+        self._episode_returns.extend(
+            sums[1].T[done.T].tolist()
+        )  # in order of time: the latest of all environments stay
         self.return_moments.update(sums[0], self._sum_over_processes)
         return reward / self.return_moments.std.to(reward.dtype)
 
@@ -483,6 +486,11 @@ class PPO(L.LightningModule):
         if self.trainer.max_epochs != 1:
             raise ConfigError(
                 f"trainer.max_epochs={self.trainer.max_epochs}: allowed is 1; one epoch is the whole run, data.env_steps says how long"
+            )
+        if self.iteration and self.resumed == (0, 0):
+            raise ConfigError(
+                f"this module has learned for {int(self.iteration)} iterations already, and its schedules are at their end: allowed are a new "
+                "one, which may begin with the dataset that it wrote (model.start), or ckpt_path"
             )
         if self.resumed == (0, 0):  # else the checkpoint's
             self.seed = torch.initial_seed() % 2**31

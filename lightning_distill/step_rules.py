@@ -101,9 +101,9 @@ def newton(learners: Learners, params: Params, observations: Tensor, targets: Te
     # Of the two equal forms the one with the smaller system: pairs × pairs or features × features.
     dual = centred.shape[1] <= centred.shape[2]
     gram = centred @ centred.mT if dual else centred.mT @ centred
-    # Features that are all alike teach nothing: W = 0.
+    # Features that are all alike teach nothing: W = 0. (Targets over a number near the smallest there is would be infinite.)
     damping = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / centred.shape[1]
-    damping = damping.clamp(min=torch.finfo(gram.dtype).tiny)
+    damping = damping.clamp(min=1e-30)
     gram = gram + torch.diag_embed(damping.expand(gram.shape[:-1]))
     wanted = (targets - target_mean).expand(len(gram), *targets.shape)
     weight = centred.mT @ torch.linalg.solve(gram, wanted) if dual else torch.linalg.solve(gram, centred.mT @ wanted)
@@ -206,8 +206,8 @@ def _polar_factor(gradient: Tensor) -> Tensor:
 
 
 def _as_matrices(values: Tensor) -> Tensor:
-    """Values [K, …] of K learners as matrices [K, r, c]; a convolution's as one row for each channel."""
-    return values.flatten(2) if values.dim() > 2 else values.unsqueeze(1)
+    """Values [K, …] of K learners as matrices [K, r, c]; a convolution's as one row for each channel, a vector or a number as a row."""
+    return values.flatten(2) if values.dim() > 2 else values.reshape(len(values), 1, -1)
 
 
 def _unit(matrices: Tensor) -> Tensor:

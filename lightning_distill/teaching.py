@@ -306,7 +306,8 @@ def with_encoder_level(dataset: DistilledDataset, level: int, family: LearnerFam
 
 def _mean_best_step(dataset: DistilledDataset, family: LearnerFamily, learners: int) -> Tensor:
     device = dataset.observations.device
-    with torch.inference_mode(False), torch.no_grad(), keep_random_state(device):
+    exactly = torch.autocast(device.type, enabled=False)  # also where a run that has another precision asks
+    with torch.inference_mode(False), torch.no_grad(), keep_random_state(device), exactly:
         torch.manual_seed(0)
         params = family.draw(learners, dataset.learner_shape, dataset.outputs, device)
         steps = best_steps(family, params, dataset.learner_inputs().clone(), dataset.targets.clone())

@@ -53,8 +53,11 @@ def test_spec_says_all_options():
     [
         ({"frameskip": 2}, "frameskip for ALE/Pong-v5; allowed are repeat_action_probability"),
         ({"repeat_action_probability": 1.0}, r"repeat_action_probability=1.0: allowed are probabilities"),
+        ({"repeat_action_probability": "x"}, r"repeat_action_probability='x': allowed are probabilities"),
         ({"reward_clipping": 1}, "reward_clipping=1: allowed are true and false"),
+        ({"full_action_space": "all"}, "full_action_space='all': allowed are true and false"),
         ({"max_num_frames_per_episode": 0}, "max_num_frames_per_episode=0: allowed"),
+        ({"max_num_frames_per_episode": None}, "max_num_frames_per_episode=None: allowed"),
     ],
 )
 def test_options_that_cannot_work_are_named(kwargs, match):

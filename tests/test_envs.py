@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 
 import gymnasium
 import numpy as np
@@ -270,6 +271,9 @@ def test_actions_are_clipped_where_they_act_and_kept_as_they_were_chosen(env, kw
         ("HalfCheetah-v5", {"wings": 2}, "wings"),
         ("Ant-v4", {"include_cfrc_ext_in_observation": False}, "allowed: .* or null"),
         ("Pusher-v4", {}, "did you mean (?!Pusher-v4).*Pusher-v5"),
+        ("Ant-v5", {"xml_file": "nope.xml"}, r"data\.env_kwargs=.*nope\.xml.*OSError"),
+        ("Ant-v5", {"frame_skip": 0}, r"data\.env_kwargs=.*ZeroDivisionError"),
+        ("FrozenLake-v1", {"map_name": "9x9"}, r"data\.env_kwargs=.*9x9"),
         ("torchrl.envs.PendulumEnv", {}, "observation"),
         ("lightning_distill.envs.cartpole.CartPole", {"num_envs": 4}, r"batch size \[4\]"),
     ],
@@ -277,6 +281,23 @@ def test_actions_are_clipped_where_they_act_and_kept_as_they_were_chosen(env, kw
 def test_what_cannot_be_learned_from_is_named(env, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         env_spec(env, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import what_is_not_installed", "my_own cannot be imported.*what_is_not_installed"),
+        ("def broken(:", "my_own cannot be imported.*SyntaxError"),
+        ("1 / 0", "my_own cannot be imported.*ZeroDivisionError"),
+        ("class Other: ...", r"data\.env='my_own\.MyEnv' is not an environment"),
+    ],
+)
+def test_why_an_own_module_cannot_be_imported_is_said(source, message, tmp_path, monkeypatch):
+    (tmp_path / "my_own.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_own", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        env_spec("my_own.MyEnv")
 
 
 def test_backend_that_cannot_make_an_environment_says_so():

@@ -185,6 +185,15 @@ def test_a_policy_of_direct_rl_is_an_expert(policy_checkpoint):
     torch.testing.assert_close(module.distilled().observation_std, moments.std.float())
 
 
+def test_the_family_of_an_expert_may_have_been_named_by_another_path(policy_checkpoint, tmp_path):
+    path, trained = policy_checkpoint
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["family"] = {"class_path": "lightning_distill.learners.MLP", "init_args": {}}
+    torch.save(checkpoint, tmp_path / "same.ckpt")
+    module = Imitation(env_spec("Pendulum-v1"), expert=str(tmp_path / "same.ckpt"), pairs=8)
+    assert module._expert.module.family.describe() == trained.family.describe()
+
+
 def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
     path, _ = policy_checkpoint
     with pytest.raises(ConfigError, match=r"model.expert=.*Pendulum-v1.*CartPole-v1"):

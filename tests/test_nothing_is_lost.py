@@ -170,6 +170,19 @@ def test_best_dataset_comes_along_into_another_working_directory(here, monkeypat
     ).read_bytes()
 
 
+def test_the_last_checkpoint_is_listed_though_the_first_was_the_best(here, capsys):
+    """That one is tested at the end, and was written when there was no last one."""
+    fit(
+        "--data.env_steps=6_400",
+        "--trainer.val_check_interval=0.5",
+        "--checkpoint.monitor=env_steps",
+        "--checkpoint.mode=min",
+    )
+    (best,) = here.rglob("best.ckpt")
+    assert env_steps(best) < env_steps(best.with_name("last.ckpt"))
+    assert "last.ckpt" in capsys.readouterr().out
+
+
 def test_what_is_learned_after_the_last_validation_is_kept(here):
     """The end of a run that validates at 60 % of it, and a longer one from there."""
     fit("--data.env_steps=6_400", "--trainer.val_check_interval=0.6")

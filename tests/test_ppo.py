@@ -126,6 +126,23 @@ def test_a_checkpoint_restores_the_policy_and_what_it_has_counted(tmp_path):
     assert restored.observation_moments.count == 2048
 
 
+def test_a_module_that_has_learned_is_not_trained_with_schedules_that_have_ended():
+    data = CollectorDataModule("CartPole-v1", env_steps=1024, num_envs=16, rollout_length=32)
+    module = PPO(data.spec, minibatches=4)
+    trainer().fit(module, data)
+    with pytest.raises(ConfigError, match=r"has learned for 2 iterations already.*\(model\.start\)"):
+        trainer().fit(module, data)
+
+
+def test_the_return_that_is_logged_is_of_the_latest_episodes_of_all_environments():
+    module = PPO(env_spec("CartPole-v1"))
+    module._sum_over_processes = lambda total: total
+    reward = torch.arange(8.0).unsqueeze(1).expand(8, 50)  # each step an episode, more of them than are kept
+    module._scaled(reward, torch.ones_like(reward, dtype=torch.bool))
+    assert len(module._episode_returns) < reward.numel()
+    assert set(module._episode_returns) == set(range(8))
+
+
 def test_any_policy_can_be_played():
     """An evaluation asks of a policy no more than actions for observations [learners, episodes, *obs]."""
     evaluator = Evaluator(env_spec("ProbeContext-v0"), learners=3, episodes=2)
@@ -166,7 +183,7 @@ def test_a_taught_start_keeps_its_normaliser_and_its_weights_are_trained():
     module = small_run("InvertedPendulum-v5", PPO, iterations=2, start="inverted_pendulum")
     fresh = PPO(module.spec, start="inverted_pendulum")
     torch.testing.assert_close(module.observation_moments.mean.float(), begun.observation_mean)
-    torch.testing.assert_close(module.observation_moments.std.float(), begun.observation_std, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.observation_moments.std.float(), begun.observation_std)
     assert not torch.equal(module.policy_params()["2.weight"], fresh.policy_params()["2.weight"])
 
 

@@ -93,6 +93,20 @@ def test_features_that_are_all_alike_teach_the_mean():
     torch.testing.assert_close(family.forward(one_pair, torch.randn(3, 6, 3).double()), y[0].expand(3, 6, 2))
 
 
+@pytest.mark.parametrize("rule", [newton, projection])
+def test_one_learner_whose_features_are_all_alike_leaves_the_others_their_gradients(rule):
+    """In single precision and with large targets, which over the smallest of numbers would be infinite."""
+    family, params, x, y, ridge = double_problem(activation="relu", width=8)
+    params = {name: value.float() for name, value in params.items()}
+    params["1.bias"][0] -= 1e3
+    x, y, ridge = (value.detach().float().requires_grad_() for value in (x, 100 * y, ridge))
+    outputs = family.forward(rule(family, params, x, y, ridge), torch.randn(3, 6, 3))
+    torch.testing.assert_close(outputs[0], y.mean(0).expand(6, 2))
+    for gradient in torch.autograd.grad(outputs.square().sum(), (x, y, ridge)):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 def test_line_search_takes_the_step_that_finite_differences_say():
     family, params, x, y, scale = double_problem(width=8)
     taught = line_search(family, params, x, y, scale)

@@ -470,6 +470,28 @@ def test_a_module_that_returns_more_than_one_thing_is_named_by_every_rule(rule):
         teach(Pair(), dataclasses.replace(make_dataset(), **numbers), rule)
 
 
+class Gated(nn.Module):
+    """A network with a parameter that is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(0.7))
+        self.hidden, self.outputs = nn.Linear(17, 32), nn.Linear(32, 6)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.outputs(torch.tanh(self.gate * self.hidden(observations)))
+
+
+@pytest.mark.parametrize("rule", STEP_RULES)
+def test_a_parameter_that_is_one_number_takes_the_step_of_every_rule(rule):
+    numbers = {"newton_ridge": torch.tensor(0.01), "line_search_scale": torch.tensor(1.0)}
+    module, dataset = Gated(), make_dataset(learning_rate=torch.tensor(0.1), **numbers)
+    loss = nn.functional.mse_loss(module(dataset.observations), dataset.targets)
+    taught = teach(module, dataset, rule).module
+    assert nn.functional.mse_loss(taught(dataset.observations), dataset.targets) < loss
+    assert (taught.gate != module.gate) == (rule != "newton")
+
+
 @pytest.mark.parametrize("rule", ["newton", "projection"])
 def test_another_number_of_outputs_is_named_by_every_rule(rule):
     module = nn.Sequential(nn.Linear(17, 8), nn.Tanh(), nn.Linear(8, 5))

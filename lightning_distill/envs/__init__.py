@@ -110,9 +110,9 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
             f"data.env={env!r} is not an environment that can be made ({error}){hint} "
             "Allowed: any installed Gymnasium id, or the class path of a TorchRL environment"
         ) from error
-    except TypeError as error:
+    except Exception as error:  # somebody else's constructor may raise anything
         raise ConfigError(
-            f"data.env_kwargs={kwargs!r}: not accepted by {env} ({error}); "
+            f"data.env_kwargs={kwargs!r}: not accepted by {env} ({type(error).__name__}: {error}); "
             "allowed: what its constructor takes, or null to give it nothing"
         ) from error
 
@@ -123,9 +123,11 @@ def _torchrl_class(env: str) -> type[EnvBase] | None:
     if not module or "/" in env:
         return None
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # somebody else's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            return None  # there is no such module
+        raise ConfigError(f"data.env={env!r}: {module} cannot be imported ({type(error).__name__}: {error})") from error
     from torchrl.envs import EnvBase
 
     return found if isinstance(found, type) and issubclass(found, EnvBase) else None

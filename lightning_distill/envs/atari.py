@@ -48,13 +48,14 @@ def atari_spec(env: str, kwargs: dict[str, Any]) -> EnvSpec:
         raise ConfigError(f"data.env_kwargs: {', '.join(unknown)} for {env}; allowed are {', '.join(OPTIONS)}")
     kwargs = OPTIONS | kwargs
     sticky = kwargs["repeat_action_probability"]
-    if not 0 <= sticky < 1:
-        raise ConfigError(f"data.env_kwargs.repeat_action_probability={sticky}: allowed are probabilities in [0, 1)")
-    if kwargs["max_num_frames_per_episode"] < 4:
-        frames = kwargs["max_num_frames_per_episode"]
-        raise ConfigError(f"data.env_kwargs.max_num_frames_per_episode={frames}: allowed are integers ≥ 4")
-    if not isinstance(kwargs["reward_clipping"], bool):
-        raise ConfigError(f"data.env_kwargs.reward_clipping={kwargs['reward_clipping']!r}: allowed are true and false")
+    if not isinstance(sticky, int | float) or not 0 <= sticky < 1:
+        raise ConfigError(f"data.env_kwargs.repeat_action_probability={sticky!r}: allowed are probabilities in [0, 1)")
+    frames = kwargs["max_num_frames_per_episode"]
+    if not isinstance(frames, int) or frames < 4:
+        raise ConfigError(f"data.env_kwargs.max_num_frames_per_episode={frames!r}: allowed are integers ≥ 4")
+    for name in ("reward_clipping", "full_action_space"):
+        if not isinstance(kwargs[name], bool):
+            raise ConfigError(f"data.env_kwargs.{name}={kwargs[name]!r}: allowed are true and false")
     simulator = AtariSimulator(EnvSpec(env, (), "discrete", 0, kwargs=kwargs), 1, 0, 1)
     space = simulator.envs.single_observation_space
     spec = EnvSpec(
