@@ -323,6 +323,11 @@ def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
         raise DatasetError(_plain(f"{path}: metadata nested too deeply")) from None
 
 
+def as_dataset(dataset: DistilledDataset | str | os.PathLike[str]) -> DistilledDataset:
+    """A dataset, given itself or by what :func:`load` is given."""
+    return dataset if isinstance(dataset, DistilledDataset) else load(dataset)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
 

@@ -13,17 +13,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .dataset import DistilledDataset
+from .dataset import DistilledDataset, as_dataset
 from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_threads, stream_seed
 from .envs.variations import Variation, make_varied_env
-from .families import family_from
+from .families import as_family, family_from
 from .learners import LearnerFamily
 from .nature import FRAMES
 from .teaching import StackedPolicy, keep_random_state, teach_many, with_line_search
@@ -256,6 +257,20 @@ def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:
         )
 
 
+def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, rules: Sequence[str]) -> None:
+    """Raise ``ConfigError`` unless learners of a family can be taught by these rules: two of them, on two pairs.
+
+    Before anybody plays or trains. Random state stays as it is.
+    """
+    few = dataclasses.replace(dataset, observations=dataset.observations[:2], targets=dataset.targets[:2])
+    for rule in rules:
+        try:
+            with keep_random_state(few.observations.device):
+                teach_many(family, few, 2, rule, device=few.observations.device)
+        except Exception as error:  # somebody else's module may raise anything
+            raise ConfigError(f"{name} cannot be taught by {rule} ({error or type(error).__name__})") from error
+
+
 def played_in(dataset: DistilledDataset, env: str | None = None, env_kwargs: dict[str, Any] | None = None) -> EnvSpec:
     """The environment in which a dataset's learners play: its own, or another, of which the dataset's arguments say nothing."""
     if env_kwargs is None:
@@ -292,9 +307,9 @@ def shuffle_targets(dataset: DistilledDataset, seed: int = TEST_SEED) -> Distill
 
 
 def evaluate(
-    dataset: DistilledDataset,
+    dataset: DistilledDataset | str | os.PathLike[str],
     env: str | None = None,
-    family: LearnerFamily | None = None,
+    family: LearnerFamily | Callable[..., nn.Module] | str | None = None,
     *,
     learners: int = 100,
     episodes: int = 1,
@@ -310,9 +325,10 @@ def evaluate(
     """Returns of fresh learners taught on a dataset.
 
     Args:
-        dataset: from :func:`lightning_distill.load`.
+        dataset: from :func:`lightning_distill.load`, or what that is given.
         env: another environment id than the dataset's own (its shapes must agree).
-        family: what learners are drawn from; default: what the dataset was distilled with.
+        family: what learners are drawn from, as :func:`lightning_distill.teach_many` takes it; default: what the dataset was
+            distilled with.
         learners, episodes, greedy, seed: see :class:`Evaluator`.
         step_rule: how learners are taught; default: as the dataset recommends. For ``line_search`` of a dataset without an
             α, it is the one of :func:`lightning_distill.teaching.with_line_search`.
@@ -322,6 +338,7 @@ def evaluate(
     Raises:
         ConfigError: an option cannot work with this dataset and environment; the message names it.
     """
+    dataset = as_dataset(dataset)
     kind: Kind = "greedy" if greedy else "sampled"
     families = {IN_DISTRIBUTION: family or trained_family(dataset)}
     table = evaluate_all(
@@ -346,8 +363,8 @@ def evaluate(
 
 
 def evaluate_all(
-    dataset: DistilledDataset,
-    families: Mapping[str, LearnerFamily] | None = None,
+    dataset: DistilledDataset | str | os.PathLike[str],
+    families: Mapping[str, LearnerFamily | Callable[..., nn.Module] | str] | None = None,
     *,
     controls: bool = True,
     kinds: Sequence[Kind] = ("sampled", "greedy"),
@@ -365,7 +382,7 @@ def evaluate_all(
     """The whole table: {row: {sampled|greedy: evaluation}}, a row for each family and for each control.
 
     Args:
-        dataset: from :func:`lightning_distill.load`.
+        dataset: from :func:`lightning_distill.load`, or what that is given.
         families: name → family; the first is the one controls are drawn from. Default: the one that the dataset was
             distilled with, as ``in-distribution``.
         controls: add rows of learners that were not taught, and of learners taught on shuffled targets (two pairs or
@@ -375,11 +392,16 @@ def evaluate_all(
             rule than the recommended one say so in their names.
         env, learners, episodes, seed, env_kwargs, variation, backend, threads, device: see :func:`evaluate`.
     """
+    dataset = as_dataset(dataset)
     spec = played_in(dataset, env, env_kwargs)
-    families = families or {IN_DISTRIBUTION: trained_family(dataset)}
+    families = {
+        name: as_family(family) for name, family in (families or {IN_DISTRIBUTION: trained_family(dataset)}).items()
+    }
     step_rules = reported_rules(dataset) if step_rules is None else step_rules
     if "line_search" in step_rules and dataset.line_search_scale is None:
         dataset = with_line_search(dataset, trained_family(dataset))
+    for name, family in families.items():
+        check_taught(f"family {name!r}", family, dataset, step_rules)
     rows = {
         row_name(name, rule, dataset): (dataset, family, True, rule)
         for rule in step_rules

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from . import architectures
 from .envs.spec import ConfigError
@@ -100,13 +103,22 @@ def family_named(name: str) -> LearnerFamily:
         raise ConfigError(
             f"family={name!r}: cannot be imported ({error}); modules in the working directory and installed ones can"
         ) from error
-    if isinstance(found, LearnerFamily):
-        return found
-    if isinstance(found, type) and issubclass(found, LearnerFamily):
-        return found()
-    if callable(found):
-        return ModuleFamily(found)
-    raise ConfigError(f"family={name!r}: is a {type(found).__name__}, expected a LearnerFamily or an nn.Module factory")
+    return as_family(found)
+
+
+def as_family(family: LearnerFamily | Callable[..., Any] | str) -> LearnerFamily:
+    """A family, given by what :func:`family_named` knows, itself, as a class of them, or as what makes an ``nn.Module``."""
+    if isinstance(family, str):
+        return family_named(family)
+    if isinstance(family, LearnerFamily):
+        return family
+    if isinstance(family, type) and issubclass(family, LearnerFamily):
+        return family()
+    if callable(family) and not isinstance(family, nn.Module):
+        return ModuleFamily(family)
+    raise ConfigError(
+        f"family={family!r}: is a {type(family).__name__}, expected a LearnerFamily or an nn.Module factory"
+    )
 
 
 def can_draw(family: LearnerFamily, other: LearnerFamily) -> bool:
@@ -145,8 +157,3 @@ def family_from(description: Any) -> LearnerFamily:
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"init_args={str(arguments)[:200]}: not accepted by {path} ({error})") from None
     raise ValueError(f"class_path={path!r}: from a description only families of lightning_distill are built")
-
-
-def as_family(family: LearnerFamily | str) -> LearnerFamily:
-    """A family, given itself or by what :func:`family_named` knows."""
-    return family_named(family) if isinstance(family, str) else family

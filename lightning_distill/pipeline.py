@@ -16,8 +16,13 @@ from typing import Any
 
 import yaml
 
-from .dataset import write_atomically
-from .envs import ConfigError
+from .checkpoints import AtomicCheckpointIO
+from .dataset import load, write_atomically
+from .envs import ConfigError, env_spec
+from .families import as_family
+
+#: What a run writes that others can begin with or imitate.
+WRITTEN = ("distilled.safetensors", "last.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
 
 
 def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: Any = None) -> dict[str, Path]:
@@ -25,46 +30,56 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
 
     Args:
         path: a YAML file of stages in their order, name → what ``lightning fit`` is given. In it ``${NAME}`` is the folder of an earlier
-            stage's run, with ``distilled.safetensors`` or, of direct RL, ``checkpoints/last.ckpt``.
-        folder: where runs go, those of a stage below ``folder / name``. A stage that finished with the same config is not run again;
+            stage's run, with ``distilled.safetensors`` or, of direct RL, ``checkpoints/last.ckpt``. A stage may be a list of such lines:
+            each is a run, and the one with the highest return in validation is the stage's.
+        folder: where runs go, those of a stage below ``folder / name``. A run that finished with the same config is not run again;
             one that was stopped goes on from its last checkpoint.
-        options: more options of ``lightning fit``, for every stage, such as ``--seed_everything=2``.
+        options: more options of ``lightning fit``, for every run, such as ``--seed_everything=2``.
         output: file for what the runs print; default: standard output.
 
     Returns:
         The folder of each stage's run.
 
     Raises:
-        ConfigError: the file is no pipeline, a stage's arguments are not understood (all are tried before the first run), or a run
-            failed.
+        ConfigError: the file is no pipeline, a run's arguments are not understood or speak of what is not there (all are tried before
+            the first run), or a run failed.
     """
     stages = _read(path)
     places = {name: f"{folder / name}/VERSION" for name in stages}
-    for name, command in stages.items():
-        try:
-            _config([*_arguments(command, places), *options])
-        except ConfigError as error:
-            raise ConfigError(f"{path}: stage {name!r}: {error}") from None
-    finished: dict[str, Path] = {}
-    for name, command in stages.items():
-        arguments = [*_arguments(command, finished), *options]
-        finished[name] = _run(name, arguments, folder / name, output)
-    return finished
+    for name, commands in stages.items():
+        for command in commands:
+            try:
+                _check(yaml.safe_load(config_of([*_arguments(command, places), *options])), list(places.values()))
+            except ValueError as error:
+                raise ConfigError(f"{path}: stage {name!r}: {error}") from None
+    chosen: dict[str, Path] = {}
+    for name, commands in stages.items():
+        runs = []
+        for number, command in enumerate(commands, 1):
+            label = name if len(commands) == 1 else f"{name}/{number}"
+            runs.append(finished_run(label, [*_arguments(command, chosen), *options], folder / label, output))
+        chosen[name] = runs[0] if len(runs) == 1 else _best(name, runs, output)
+    return chosen
 
 
-def _read(path: str) -> dict[str, str]:
+def _read(path: str) -> dict[str, list[str]]:
     try:
         stages = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"pipeline={path!r}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"pipeline={path!r}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(stages, dict) or not all(isinstance(command, str) for command in stages.values()):
-        raise ConfigError(f"pipeline={path!r}: allowed are lines NAME: OPTIONS of lightning fit")
+    if isinstance(stages, dict):
+        stages = {name: [lines] if isinstance(lines, str) else lines for name, lines in stages.items()}
+    if not isinstance(stages, dict) or not all(map(_are_lines, stages.values())):
+        raise ConfigError(
+            f"pipeline={path!r}: allowed are lines NAME: OPTIONS of lightning fit, or NAME: [OPTIONS, OPTIONS, ...]"
+        )
     known: list[str] = []
-    for name, command in stages.items():
+    for name, commands in stages.items():
         try:
-            _arguments(command, dict.fromkeys(known, ""))
+            for command in commands:
+                _arguments(command, dict.fromkeys(known, ""))
         except (KeyError, ValueError) as error:
             raise ConfigError(
                 f"pipeline={path!r}: stage {name!r} speaks of {error}; allowed are earlier stages: {', '.join(known) or 'none'}"
@@ -73,11 +88,49 @@ def _read(path: str) -> dict[str, str]:
     return stages
 
 
+def _are_lines(lines: Any) -> bool:
+    return isinstance(lines, list) and bool(lines) and all(isinstance(line, str) for line in lines)
+
+
+def _check(config: dict[str, Any], places: list[str]) -> None:
+    """Raise unless what a config names, and the parser takes on trust, is there or will be written by an earlier stage."""
+    data, options, held_out = config["data"], config["model"]["init_args"], config["held_out"]["families"] or []
+    env_spec(data["env"], data["env_kwargs"])
+    families = [options.get("family"), *(held_out.values() if isinstance(held_out, dict) else held_out)]
+    for family in families:
+        if isinstance(family, str):
+            as_family(family)
+    for option in ("start", "expert"):
+        given = options.get(option)
+        place = next((place for place in places if given and given.startswith(f"{place}/")), None)
+        if place and given.removeprefix(f"{place}/") not in WRITTEN:
+            raise ConfigError(
+                f"model.{option}={given.removeprefix(place)!r} of an earlier run: it writes {', '.join(WRITTEN)}"
+            )
+        if given and not place and not Path(given).is_file():
+            load(given)
+
+
+def _best(name: str, runs: list[Path], output: Any) -> Path:
+    """The run with the highest return in validation."""
+    returns = {}
+    for run in runs:
+        callbacks = AtomicCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"]
+        scores = [state["best_model_score"] for state in callbacks.values() if state.get("monitor") == "val/return"]
+        if not scores or scores[0] is None:
+            raise ConfigError(f"stage {name!r}: {run} was not validated, so that none of its runs is the best")
+        returns[run] = float(scores[0])
+    best = max(returns, key=returns.__getitem__)
+    said = ", ".join(f"{value:.1f}" for value in returns.values())
+    print(f"{name}: returns in validation {said}; going on with {best}", file=output, flush=True)
+    return best
+
+
 def _arguments(command: str, folders: dict[str, Any]) -> list[str]:
     return [Template(word).substitute(folders) for word in shlex.split(command)]
 
 
-def _config(arguments: Sequence[str]) -> str:
+def config_of(arguments: Sequence[str]) -> str:
     """The whole config of ``lightning fit`` with these arguments; what it says of them, if it does not understand, is the error."""
     from .lightning_cli import run
 
@@ -91,9 +144,19 @@ def _config(arguments: Sequence[str]) -> str:
     return config.getvalue()
 
 
-def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
-    """The folder of a stage's finished run."""
-    record, begun, config = root / "finished.json", root / "begun.yaml", _config(arguments)
+def finished_run(name: str, arguments: list[str], root: Path, output: Any = None, errors: Any = None) -> Path:
+    """The folder of a finished run below ``root``: of one that finished with the same config, or is run now.
+
+    Args:
+        name: what messages call it.
+        arguments: of ``lightning fit``.
+        root: where it goes.
+        output, errors: files for what it prints; default: standard output and error.
+
+    Raises:
+        ConfigError: the arguments are not understood, or the run failed.
+    """
+    record, begun, config = root / "finished.json", root / "begun.yaml", config_of(arguments)
     if record.is_file():
         last = json.loads(record.read_text())
         if last.get("config") == config and Path(last["folder"]).is_dir():
@@ -107,7 +170,7 @@ def _run(name: str, arguments: list[str], root: Path, output: Any) -> Path:
     since = begun.stat().st_mtime
     if any(path.stat().st_mtime > since for path in root.rglob("last.ckpt")):
         command += ["--ckpt_path=last"]
-    process = subprocess.Popen(command, stdout=output)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
     # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself.
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),

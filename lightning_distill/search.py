@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from .dataset import DistilledDataset, load
 from .envs import ConfigError
 from .evaluation import IN_DISTRIBUTION
+from .pipeline import finished_run
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def smallest(
         level: mean return that suffices; None: ``share`` times that with the largest number of pairs, which is then
             run first.
         share: see there.
-        folder: where runs go; each has a folder ``pairs_N`` with its log ``fit.log`` and its dataset.
+        folder: where runs go; those with N pairs below ``pairs_N``, with their log ``fit.log``. A run that finished with the same config
+            is not run again, and one that was stopped goes on.
         options: more options of ``lightning fit``, such as ``--seed_everything=2``.
 
     Returns:
@@ -62,9 +63,13 @@ def smallest(
         return trials[number]
 
     if level is None:
-        most = run(numbers[-1]).entry["mean"]
+        largest = run(numbers[-1])
+        most = largest.entry["mean"]
         if most <= 0:
-            raise ConfigError(f"share={share} of a return of {most:.1f} says nothing; give a level")
+            raise ConfigError(
+                f"share={share} of a return of {most:.1f}, that of {largest.path}, says nothing; give a level (--level={most:.0f}): "
+                "that run is not run again"
+            )
         level = share * most
     found = next((number for number in numbers if run(number).entry["mean"] >= level), None)
     return None if found is None else trials[found], [trials[number] for number in sorted(trials)], level
@@ -72,16 +77,17 @@ def smallest(
 
 def _fit(config: str, pairs: int, folder: Path, options: Sequence[str]) -> Trial:
     folder.mkdir(parents=True, exist_ok=True)
-    path, log = folder / "distilled.safetensors", folder / "fit.log"
-    path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "lightning_distill.cli", "fit", f"--config={config}", *options]
-    command += [f"--model.pairs={pairs}", f"--trainer.default_root_dir={folder}", f"--export.dirpath={folder}"]
-    with log.open("w") as file:
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-    lines = log.read_text().split("\n")
-    if result.returncode:
-        said = next((line for line in reversed(lines) if line.strip()), "nothing")
-        raise ConfigError(f"the run with {pairs} pairs failed, see {log}: {said.strip()}")
+    log = folder / "fit.log"
+    before = log.stat().st_size if log.is_file() else 0
+    try:
+        with log.open("a") as file:
+            arguments = [f"--config={config}", *options, f"--model.pairs={pairs}"]
+            run = finished_run(folder.name, arguments, folder, file, subprocess.STDOUT)
+    except ConfigError as error:
+        lines = log.read_bytes()[before:].decode().split("\n")
+        said = next((line for line in reversed(lines) if line.strip()), str(error))
+        raise ConfigError(f"the run with {pairs} pairs failed, see {log}: {said.strip()}") from None
+    path = run / "distilled.safetensors"
     dataset = load(path)
     if IN_DISTRIBUTION not in dataset.metadata.get("returns", {}):
         raise ConfigError(f"the run with {pairs} pairs was not tested, see {log}")

@@ -9,13 +9,14 @@ import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .dataset import DistilledDataset, load, normalise
+from .dataset import DistilledDataset, as_dataset, normalise
+from .families import as_family
 from .learners import (
     FIXED,
     Forward,
@@ -196,7 +197,9 @@ def teach(
         ValueError: the module does not take the dataset's observations, does not return its number of outputs, or has
             nothing to teach; or the dataset does not go with the step rule, or the module does not (``UnfitLearner``).
     """
-    dataset = dataset if isinstance(dataset, DistilledDataset) else load(dataset)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: is a {type(module).__name__}, expected an nn.Module")
+    dataset = as_dataset(dataset)
     rule, numbers = _step_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
@@ -221,7 +224,7 @@ def teach(
 
 
 def teach_many(
-    family: LearnerFamily | Sequence[nn.Module],
+    family: LearnerFamily | Callable[..., nn.Module] | str | Sequence[nn.Module],
     dataset: DistilledDataset | str | os.PathLike[str],
     learners: int | None = None,
     step_rule: str | None = None,
@@ -231,8 +234,8 @@ def teach_many(
     """Teach K learners at once, each by one step on the dataset, and return them as one stacked policy.
 
     Args:
-        family: what learners are drawn from, by torch's global random state; or K modules of one architecture, which
-            are copied and taught in evaluation mode.
+        family: what learners are drawn from, by torch's global random state (or its name, or what makes a module from
+            ``(observation_shape, outputs)``); or K modules of one architecture, which are copied and taught in evaluation mode.
         dataset: as in :func:`teach`.
         learners: K, learners to draw; for a family only.
         step_rule: as in :func:`teach`.
@@ -241,8 +244,14 @@ def teach_many(
     Raises:
         ValueError: as :func:`teach`; or the modules differ in architecture, or in what is neither parameter nor buffer.
     """
-    dataset = dataset if isinstance(dataset, DistilledDataset) else load(dataset)
+    dataset = as_dataset(dataset)
     rule, numbers = _step_rule(dataset, step_rule)
+    if isinstance(family, nn.Module):
+        raise ValueError(
+            f"family: one {type(family).__name__}, which teach(module, dataset) teaches; allowed is a list of modules"
+        )
+    if isinstance(family, str) or callable(family):
+        family = as_family(family)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):
             if learners is None or learners < 1:

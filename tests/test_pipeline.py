@@ -90,6 +90,22 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
             "stage 'a' speaks of 'b'; allowed are earlier stages: none",
         ),
         (f"a: --data.env=CartPole-v1\nb: {SHORT} --model.pears=3", r"stage 'b': .*pears"),
+        ("a: []", r"allowed are lines NAME: OPTIONS .* or NAME: \[OPTIONS"),
+        ("a: [--data.env=CartPole-v1, 3]", r"allowed are lines NAME: OPTIONS .* or NAME: \[OPTIONS"),
+        ("a: --data.env=CartPole-v1\nb: --data.env=CartPole-v7", "stage 'b': data.env='CartPole-v7'"),
+        ("a: --data.env=CartPole-v1\nb: --data.env=CartPole-v1 --model.family=nosuch", "stage 'b': family='nosuch'"),
+        (
+            "a: --data.env=CartPole-v1\nb: --data.env=CartPole-v1 --held_out.families=[nosuch]",
+            "stage 'b': family='nosuch'",
+        ),
+        (
+            "a: --data.env=CartPole-v1\nb: --data.env=CartPole-v1 --model.start=cartpole_1e",
+            "stage 'b': cartpole_1e: no such file",
+        ),
+        (
+            "a: --data.env=CartPole-v1\nb: --data.env=CartPole-v1 --model.start=${a}/distiled.safetensors",
+            r"stage 'b': model\.start='.*/distiled\.safetensors' of an earlier run: it writes distilled\.safetensors",
+        ),
     ],
 )
 def test_what_is_no_pipeline_is_named_before_anything_runs(pipeline, tmp_path, content, message):
@@ -100,12 +116,31 @@ def test_what_is_no_pipeline_is_named_before_anything_runs(pipeline, tmp_path, c
 
 def test_a_run_that_fails_is_named(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="stage 'a' ended with exit code 2"):
-        run_pipeline(pipeline("a: --data.env=NoSuchEnv-v0"), tmp_path / "out")
+        run_pipeline(pipeline(f"a: {SHORT} --data.env=CartPole-v1 --model.minibatches=1000"), tmp_path / "out")
+
+
+def test_of_several_runs_of_a_stage_the_best_by_validation_goes_on(pipeline, tmp_path, capfd):
+    """One learns nothing: its steps are too small."""
+    run = f"{SHORT} --data.env=CartPole-v1 --data.val_learners=20 --data.env_steps="
+    nothing = "1024 --model.optimizer=torch.optim.Adam --model.optimizer.lr=1e-9"
+    path = pipeline(
+        f"gait:\n- {run}{nothing}\n- {run}60_000\n- {run}{nothing} --seed_everything=4\n"
+        f"after: {run}512 --model.start=${{gait}}/distilled.safetensors\n"
+    )
+    options = [f"--{option}" for option in OPTIONS[:3]]
+    runs = run_pipeline(path, tmp_path / "out", options)
+    assert runs["gait"].is_relative_to(tmp_path / "out" / "gait" / "2")
+    config = yaml.safe_load((runs["after"] / "config.yaml").read_text())
+    assert config["model"]["init_args"]["start"] == str(runs["gait"] / "distilled.safetensors")
+    assert f"going on with {runs['gait']}" in capfd.readouterr().out
+    before = set(tmp_path.rglob("version_*"))
+    assert run_pipeline(path, tmp_path / "out", options) == runs
+    assert set(tmp_path.rglob("version_*")) == before
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_pipelines_speak_of_files_that_are_there(path):
     stages = yaml.safe_load(path.read_text())
-    for command in stages.values():
+    for command in [line for lines in stages.values() for line in ([lines] if isinstance(lines, str) else lines)]:
         config = command.partition("--config ")[2].split()[0]
         assert (ROOT / config).is_file(), config

@@ -40,6 +40,26 @@ def test_least_number_of_pairs_that_suffices(config, tmp_path, capsys):
     assert last["pairs"] == answer["smallest"]
     assert last["mean"] >= 30
     assert load(last["path"]).pairs == answer["smallest"]
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
+    main([*arguments, "--level", "31", "--option", *SHORT, "data.env_steps=60000"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["runs"][: len(tried)] == answer["runs"], "what has finished is not run again"
+    assert written.items() <= {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}.items()
+
+
+def test_a_share_of_a_loss_says_nothing_and_its_run_is_kept(tmp_path):
+    config = tmp_path / "pendulum.yaml"
+    config.write_text("data: {env: Pendulum-v1, num_envs: 8, rollout_length: 32, env_steps: 256}\nmodel: {pairs: 1}\n")
+    options = [f"--{option}" for option in SHORT[1:]]
+    with pytest.raises(
+        ConfigError, match=r"share=0.9 of a return of -.*distilled\.safetensors.* give a level \(--level=-"
+    ):
+        smallest(str(config), [2], None, 0.9, tmp_path, options)
+    (path,) = tmp_path.rglob("distilled.safetensors")
+    content = path.read_bytes()
+    found, trials, level = smallest(str(config), [2], -1e4, 0.9, tmp_path, options)
+    assert (found.path, level, len(trials)) == (path, -1e4, 1)
+    assert path.read_bytes() == content
 
 
 def test_a_run_that_fails_is_named(config, tmp_path):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 
 import lightning as L
-import torch
 from jsonargparse.typing import NonNegativeInt
 
-from ..envs import ConfigError
-from ..evaluation import IN_DISTRIBUTION, reported_rules, row_name
+from ..evaluation import IN_DISTRIBUTION, check_taught, reported_rules, row_name
 from ..families import HELD_OUT, as_family, families_apart
 from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
@@ -40,17 +38,13 @@ class HeldOutLearners(L.Callback):
         self.at_validation = at_validation
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
-        spec = pl_module.spec
         self.families = families_apart(self.families, pl_module.family)
+        if not self.families:
+            return
+        dataset = pl_module.distilled()
         for name, family in self.families.items():
-            # Now rather than at the first validation, when a part of the run is done.
-            try:
-                params = family.draw(2, pl_module.learner_shape, spec.actions)
-                shape = tuple(family.forward(params, torch.zeros(2, 3, *pl_module.learner_shape)).shape)
-            except Exception as error:  # somebody else's module may raise anything
-                raise ConfigError(f"held_out.families: {name!r} cannot be drawn and run ({error})") from error
-            if shape != (2, 3, spec.actions):
-                raise ConfigError(f"held_out.families: {name!r} returns {shape[2:]}, expected ({spec.actions},)")
+            # Now rather than at the first validation or the test, when a part of the run or all of it is done.
+            check_taught(f"held_out.families: {name!r}", family, dataset, reported_rules(dataset))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
         dataset = pl_module.distilled()
