@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
 from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
@@ -87,6 +87,9 @@ class DistillCLI(LightningCLI):
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
         self.config = parser.parse_args(given)
         chosen = self.config[self.config.subcommand]
+        seed = chosen.seed_everything
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise ConfigError(f"seed_everything={seed}: allowed are integers from 0, below 2**32")
         if chosen.ckpt_path == "last":
             chosen.ckpt_path = self._last_checkpoint(parser)
         if (
@@ -191,6 +194,13 @@ class DistillCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+        except MisconfigurationException as error:
+            # Of the Trainer's many options those that differ from machine to machine are named.
+            trainer = self._get(self.config, "trainer")
+            named = ", ".join(
+                f"trainer.{name}={trainer.get(name)!r}" for name in ("accelerator", "devices", "strategy")
+            )
+            raise ConfigError(f"{named}: {error}") from error
         except ValueError as error:
             # What a class says of its own arguments comes wrapped in what the parser tried: the innermost says it plainly.
             plain = error

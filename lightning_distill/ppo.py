@@ -27,7 +27,7 @@ from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
-from .learners import FIXED, LearnerFamily, Params
+from .learners import FIXED, LearnerFamily, Params, UnfitLearner
 from .moments import FrameScale, RunningMoments
 from .nature import LEVELS, make_encoder, scaled
 from .objectives import (
@@ -373,9 +373,9 @@ class PPO(L.LightningModule):
     def _check_finite(self, rollout: TensorDictBase) -> None:
         """Raise ``ConfigError``, on all processes alike, before anything is learned from a rollout that is not finite."""
         names = {
-            "reward": ("next", "reward"),
-            "observation": ("next", "observation"),
-            "first observation": "observation",
+            "a reward": ("next", "reward"),
+            "an observation": ("next", "observation"),
+            "a first observation": "observation",
         }
         # Bytes are finite, and frames are too many to look at for nothing.
         names = {name: key for name, key in names.items() if rollout[key].is_floating_point()}
@@ -383,7 +383,7 @@ class PPO(L.LightningModule):
         for name, found in zip(names, self._sum_over_processes(broken).tolist(), strict=True):
             if found:
                 raise ConfigError(
-                    f"env={self.spec.id!r} returned a {name} that is NaN or infinite after {int(self.env_steps)} steps; "
+                    f"env={self.spec.id!r} returned {name} that is NaN or infinite after {int(self.env_steps)} steps; "
                     f"allowed: finite numbers"
                 )
 
@@ -603,9 +603,14 @@ class PPO(L.LightningModule):
             with keep_random_state(self.device), torch.no_grad():
                 self.draw()
                 inputs = torch.zeros(self.learners, 2, *self.learner_shape, device=self.device)
-                check_outputs(self.family.forward(self.policy_params(), inputs), (*inputs.shape[:2], self.spec.actions))
+                params = self.policy_params()
+                check_outputs(self.family.forward(params, inputs), (*inputs.shape[:2], self.spec.actions))
+                if all(name.startswith(FIXED) for name in params):
+                    raise UnfitLearner("they have no trainable parameter")
         except Exception as error:  # somebody else's module may raise anything
-            raise ConfigError(f"model.family: its learners cannot be drawn, taught and run ({error})") from error
+            raise ConfigError(
+                f"model.family: its learners cannot be drawn, taught and run ({error or type(error).__name__})"
+            ) from error
 
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""

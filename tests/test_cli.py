@@ -13,6 +13,7 @@ import probes  # noqa: F401  registers the probe environments
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from lightning_distill import PPO, MetaPPO, load
 from lightning_distill.cli import main
@@ -85,6 +86,14 @@ def steps_logged(run):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def no_bias(observation_shape, outputs):
+    return nn.Sequential(nn.Linear(*observation_shape, 8), nn.Tanh(), nn.Linear(8, outputs, bias=False))
+
+
+def frozen(observation_shape, outputs):
+    return nn.Linear(*observation_shape, outputs).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -431,6 +440,13 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--model.family=nope"], ["family", "nope", "relu"]),
         (["--held_out.families=[nope]"], ["family", "nope", "relu"]),
         (["--held_out.families={mine: torch.nn.ReLU}"], ["held_out.families", "mine"]),
+        (
+            ["--held_out.families=[relu, test_cli.no_bias]", "--held_out.at_validation=0", "--model.step_rule=newton"],
+            ["held_out.families", "test_cli.no_bias", "cannot be taught by newton", "2.bias"],
+        ),
+        (["--model.family=test_cli.frozen"], ["model.family", "no trainable parameter"]),
+        (["--seed_everything=-3"], ["seed_everything=-3", "from 0"]),
+        (["--trainer.devices=0"], ["trainer.devices='0'"]),
         (["--model.step_rule=adam"], ["model.step_rule", "adam", "line_search"]),
         (["--model.newton_ridge=-1"], ["model.newton_ridge", "-1"]),
         (["--model.pairs=0"], ["model.pairs", "0", ">0"]),

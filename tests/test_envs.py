@@ -289,7 +289,8 @@ def test_what_cannot_be_learned_from_is_named(env, kwargs, message):
         ("import what_is_not_installed", "my_own cannot be imported.*what_is_not_installed"),
         ("def broken(:", "my_own cannot be imported.*SyntaxError"),
         ("1 / 0", "my_own cannot be imported.*ZeroDivisionError"),
-        ("class Other: ...", r"data\.env='my_own\.MyEnv' is not an environment"),
+        ("class Other: ...", r"my_own has no TorchRL environment of the name MyEnv"),
+        ("class MyEnv: ...", r"my_own has no TorchRL environment of the name MyEnv"),
     ],
 )
 def test_why_an_own_module_cannot_be_imported_is_said(source, message, tmp_path, monkeypatch):
@@ -298,6 +299,61 @@ def test_why_an_own_module_cannot_be_imported_is_said(source, message, tmp_path,
     monkeypatch.delitem(sys.modules, "my_own", raising=False)
     with pytest.raises(ConfigError, match=message):
         env_spec("my_own.MyEnv")
+
+
+class Strange(gymnasium.Env):
+    """An environment that is not as Gymnasium has it, in one of several ways."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Discrete(2)
+
+    def __init__(self, way: str = "") -> None:
+        self.way = way
+        if way == "two":
+            self.action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+    def reset(self, *, seed=None, options=None):
+        shape = {"smaller": (1,), "larger": (5,)}.get(self.way, (3,))
+        observation = np.zeros(shape, np.float32)
+        return observation if self.way == "old reset" else (observation, {})
+
+    def step(self, action):
+        if self.way == "breaks":
+            raise KeyError("wheels")
+        results = np.zeros(3, np.float32), 1.0, False, False, {}
+        return results[:4] if self.way == "old step" else results
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("smaller", r"shape \(1,\); allowed is that of its observation_space, \(3,\)"),
+        ("larger", r"shape \(5,\); allowed is that of its observation_space, \(3,\)"),
+        ("old reset", r"in a first step .*allowed: reset\(seed=…\) returns observation and info"),
+        ("old step", "in a first step .*truncated and info"),
+        ("breaks", "KeyError in a first step .*wheels"),
+    ],
+)
+def test_an_environment_that_is_not_as_gymnasium_has_it_is_named(way, message):
+    gymnasium.register("Strange-v0", Strange)
+    try:
+        assert env_spec("Strange-v0").observation_shape == (3,)
+        with pytest.raises(ConfigError, match=r"data\.env='Strange-v0'.*" + message):
+            env_spec("Strange-v0", {"way": way})
+    finally:
+        del gymnasium.registry["Strange-v0"]
+
+
+def test_torchrl_environments_that_cannot_be_made_or_learned_from_are_named():
+    with pytest.raises(ConfigError, match=r"data\.env_kwargs=.*lenth.*not accepted by torchrl\.envs\.PendulumEnv"):
+        env_spec("torchrl.envs.PendulumEnv", {"lenth": 5})
+    gymnasium.register("Strange-v0", Strange)
+    try:
+        with pytest.raises(ConfigError, match="action spec MultiCategorical"):
+            env_spec(
+                "torchrl.envs.GymEnv", {"env_name": "Strange-v0", "way": "two", "categorical_action_encoding": True}
+            )
+    finally:
+        del gymnasium.registry["Strange-v0"]
 
 
 def test_backend_that_cannot_make_an_environment_says_so():

@@ -111,16 +111,20 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
             "Allowed: any installed Gymnasium id, or the class path of a TorchRL environment"
         ) from error
     except Exception as error:  # somebody else's constructor may raise anything
-        raise ConfigError(
-            f"data.env_kwargs={kwargs!r}: not accepted by {env} ({type(error).__name__}: {error}); "
-            "allowed: what its constructor takes, or null to give it nothing"
-        ) from error
+        raise ConfigError(_not_accepted(env, kwargs, error)) from error
+
+
+def _not_accepted(env: str, kwargs: dict[str, Any], error: Exception) -> str:
+    return (
+        f"data.env_kwargs={kwargs!r}: not accepted by {env} ({type(error).__name__}: {error}); "
+        "allowed: what its constructor takes, or null to give it nothing"
+    )
 
 
 def _torchrl_class(env: str) -> type[EnvBase] | None:
     """The TorchRL environment class that a dotted path names; None for a Gymnasium id."""
     module, _, name = env.rpartition(".")
-    if not module or "/" in env:
+    if not module or "/" in env or ":" in env:
         return None
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -128,9 +132,17 @@ def _torchrl_class(env: str) -> type[EnvBase] | None:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             return None  # there is no such module
         raise ConfigError(f"data.env={env!r}: {module} cannot be imported ({type(error).__name__}: {error})") from error
+    import gymnasium
     from torchrl.envs import EnvBase
 
-    return found if isinstance(found, type) and issubclass(found, EnvBase) else None
+    if isinstance(found, type) and issubclass(found, EnvBase):
+        return found
+    if env in gymnasium.registry:
+        return None
+    raise ConfigError(
+        f"data.env={env!r}: {module} has no TorchRL environment of the name {name}; allowed: a subclass of torchrl's EnvBase, or a "
+        f"Gymnasium environment that is registered, as its id ({module}:ID if that module registers it)"
+    )
 
 
 def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
@@ -156,6 +168,7 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
     made = _gymnasium_env(env, kwargs)
     observation, action = made.observation_space, made.action_space
     rest = {"kwargs": kwargs, "time_limit": made.spec.max_episode_steps}
+    _try_out(env, made)
     made.close()
     if not isinstance(observation, Box) or observation.shape == ():
         raise ConfigError(
@@ -172,10 +185,35 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
     )
 
 
+def _try_out(env: str, made: Any) -> None:
+    """Raise ``ConfigError`` unless an environment begins an episode and steps as Gymnasium's interface has it: an own one may not."""
+    import gymnasium
+    import numpy as np
+
+    space = made.observation_space
+    try:
+        observation, _ = made.reset(seed=0)
+        following, reward, terminated, truncated, _ = made.step(made.action_space.sample())
+        float(reward), bool(terminated), bool(truncated)
+    except Exception as error:
+        raise ConfigError(
+            f"data.env={env!r}: {type(error).__name__} in a first step ({error}); allowed: reset(seed=…) returns observation and info, "
+            "step(action) observation, reward, terminated, truncated and info"
+        ) from error
+    for seen in (observation, following):
+        if isinstance(space, gymnasium.spaces.Box) and np.shape(seen) != space.shape:
+            raise ConfigError(
+                f"data.env={env!r}: an observation has the shape {np.shape(seen)}; allowed is that of its observation_space, {space.shape}"
+            )
+
+
 def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]) -> EnvSpec:
     from torchrl.data import Bounded, Categorical, Unbounded
 
-    made = torchrl_class(**kwargs)
+    try:
+        made = torchrl_class(**kwargs)
+    except Exception as error:  # somebody else's constructor may raise anything
+        raise ConfigError(_not_accepted(env, kwargs, error)) from error
     if made.batch_size:
         raise ConfigError(
             f"data.env={env!r} has the batch size {list(made.batch_size)}; allowed: one environment, batch size []"
@@ -185,7 +223,7 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
         raise ConfigError(f"data.env={env!r} observes {keys}; allowed: an environment with the key 'observation'")
     shape, action = tuple(made.observation_spec["observation"].shape), made.action_spec
     made.close()
-    if isinstance(action, Categorical):
+    if isinstance(action, Categorical) and not action.shape:
         return EnvSpec(env, shape, "discrete", int(action.space.n), kwargs=kwargs)
     if isinstance(action, Bounded | Unbounded) and len(action.shape) == 1:
         low, high = (bound.tolist() for bound in (action.space.low, action.space.high))
