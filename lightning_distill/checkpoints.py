@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError:
             raise ConfigError(f"ckpt_path={str(path)!r}: no such file") from None
         except Exception as error:  # which ones a broken file can provoke is torch's business
-            cause = str(error).splitlines()[0]
+            cause = str(error).splitlines()[0] if zipfile.is_zipfile(path) else "torch wrote no such file"
             raise ConfigError(f"ckpt_path={str(path)!r}: not a checkpoint that can be read safely ({cause})") from error
 
 

@@ -170,6 +170,23 @@ def test_best_dataset_comes_along_into_another_working_directory(here, monkeypat
     ).read_bytes()
 
 
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    text, broken, objects = (tmp_path / name for name in ("mine.yaml", "broken.ckpt", "objects.ckpt"))
+    text.write_text("model: {pairs: 3}")
+    torch.save({"state_dict": {}}, broken)
+    broken.write_bytes(broken.read_bytes()[:-50])
+    torch.save({"path": Path("somewhere")}, objects)
+    for path, why in (
+        (text, "torch wrote no such file"),
+        (broken, "torch wrote no such file"),
+        (objects, "Weights only"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"ckpt_path='.*{path.name}': not a checkpoint that can be read safely \({why}"
+        ):
+            AtomicCheckpointIO().load_checkpoint(path)
+
+
 def test_the_last_checkpoint_is_listed_though_the_first_was_the_best(here, capsys):
     """That one is tested at the end, and was written when there was no last one."""
     fit(
