@@ -104,6 +104,8 @@ class MetaPPO(PPO):
             "target_scale": target_scale,
             "gain": observation_gain,
         }
+        #: What the present learners were drawn by and where, if any were.
+        self._born: tuple[Any, ...] | None = None
         super().__init__(
             spec,
             target_kl=target_kl,
@@ -157,10 +159,14 @@ class MetaPPO(PPO):
 
     def draw(self) -> None:
         age = int(self.iteration) % self.lifetime
-        # Those that live on are drawn again as they were, so that a resumed run has them too.
+        born = self.seed, self.rank, int(self.iteration) - age, self.device
+        if age and born == self._born:
+            return
+        self._born = born
+        # A resumed run draws those that live on again, as they were.
         with keep_random_state(self.device) if age else nullcontext():
             if age:
-                torch.manual_seed(stream_seed(self.seed, self.rank, int(self.iteration) - age))
+                torch.manual_seed(stream_seed(*born[:3]))
             self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
 
     def policy_params(self) -> Params:
