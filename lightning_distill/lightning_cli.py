@@ -213,6 +213,7 @@ class DistillCLI(LightningCLI):
             # Before loggers begin.
             self.datamodule.check_learners(self.model.learners)
             self.model.check_family()
+            self.model.check_trainer(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         parser = self._parser(self.subcommand)

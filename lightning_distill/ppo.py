@@ -475,18 +475,22 @@ class PPO(L.LightningModule):
             group["lr"] *= self.noise_rate
         return optimizer
 
-    def on_fit_start(self) -> None:
-        if self.trainer.precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={self.trainer.precision!r}: allowed are {', '.join(PRECISIONS)}")
-        if self.trainer.max_steps != -1 and not self.trainer.fast_dev_run:  # which sets it itself
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Raise ``ConfigError`` for options of the Trainer that this module cannot be trained with."""
+        if trainer.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={trainer.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if trainer.max_steps != -1 and not trainer.fast_dev_run:  # which sets it itself
             # Lightning counts each optimiser's steps there, schedules count iterations.
             raise ConfigError(
-                f"trainer.max_steps={self.trainer.max_steps}: allowed is -1; data.env_steps says how long a run is"
+                f"trainer.max_steps={trainer.max_steps}: allowed is -1; data.env_steps says how long a run is"
             )
-        if self.trainer.max_epochs != 1:
+        if trainer.max_epochs != 1:
             raise ConfigError(
-                f"trainer.max_epochs={self.trainer.max_epochs}: allowed is 1; one epoch is the whole run, data.env_steps says how long"
+                f"trainer.max_epochs={trainer.max_epochs}: allowed is 1; one epoch is the whole run, data.env_steps says how long"
             )
+
+    def on_fit_start(self) -> None:
+        self.check_trainer(self.trainer)
         if self.iteration and self.resumed == (0, 0):
             raise ConfigError(
                 f"this module has learned for {int(self.iteration)} iterations already, and its schedules are at their end: allowed are a new "
