@@ -31,7 +31,7 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     Args:
         path: a YAML file of stages in their order, name → what ``lightning fit`` is given. In it ``${NAME}`` is the folder of an earlier
             stage's run, with ``distilled.safetensors`` or, of direct RL, ``checkpoints/last.ckpt``. A stage may be a list of such lines:
-            each is a run, and the one with the highest return in validation is the stage's.
+            each is a run, from a seed of its own (seed, seed + 1000, …), and the one with the highest return in validation is the stage's.
         folder: where runs go, those of a stage below ``folder / name``. A run that finished with the same config is not run again;
             one that was stopped goes on from its last checkpoint.
         options: more options of ``lightning fit``, for every run, such as ``--seed_everything=2``.
@@ -57,7 +57,11 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
         runs = []
         for number, command in enumerate(commands, 1):
             label = name if len(commands) == 1 else f"{name}/{number}"
-            runs.append(finished_run(label, [*_arguments(command, chosen), *options], folder / label, output))
+            arguments = [*_arguments(command, chosen), *options]
+            if number > 1:  # from the same seed runs of other settings, too, often end alike
+                seed = yaml.safe_load(config_of(arguments))["seed_everything"]
+                arguments.append(f"--seed_everything={seed + 1000 * (number - 1)}")
+            runs.append(finished_run(label, arguments, folder / label, output))
         chosen[name] = runs[0] if len(runs) == 1 else _best(name, runs, output)
     return chosen
 
