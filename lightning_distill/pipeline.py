@@ -60,7 +60,7 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
             arguments = [*_arguments(command, chosen), *options]
             if number > 1:  # from the same seed runs of other settings, too, often end alike
                 seed = yaml.safe_load(config_of(arguments))["seed_everything"]
-                arguments.append(f"--seed_everything={seed + 1000 * (number - 1)}")
+                arguments.append(f"--seed_everything={int(seed or 0) + 1000 * (number - 1)}")
             runs.append(finished_run(label, arguments, folder / label, output))
         chosen[name] = runs[0] if len(runs) == 1 else _best(name, runs, output)
     return chosen
