@@ -54,8 +54,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
         except FileNotFoundError:
             raise ConfigError(f"ckpt_path={str(path)!r}: no such file") from None
+        except OSError as error:
+            raise ConfigError(f"ckpt_path={str(path)!r}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # which ones a broken file can provoke is torch's business
-            cause = str(error).splitlines()[0] if zipfile.is_zipfile(path) else "torch wrote no such file"
+            cause = (
+                str(error).splitlines()[0] if zipfile.is_zipfile(path) else "no whole file of torch's present format"
+            )
             raise ConfigError(f"ckpt_path={str(path)!r}: not a checkpoint that can be read safely ({cause})") from error
 
 

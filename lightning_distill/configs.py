@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .envs.spec import ConfigError
+
 _HERE = Path(__file__).parent
 
 
@@ -16,3 +18,9 @@ def with_shipped_config(argument: str) -> str:
     # In an installed package conf/ is part of it; in a checkout it lies beside it.
     found = next((folder / name for folder in (_HERE, _HERE.parent) if (folder / name).is_file()), name)
     return f"{option}{equals}{found}"
+
+
+def check_seed(seed: int | bool | None) -> None:
+    """Raise ``ConfigError`` for a seed that numpy does not take. (True is any seed, None and False none.)"""
+    if type(seed) is int and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything={seed}: allowed are integers from 0, below 2**32")

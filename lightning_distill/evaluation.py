@@ -11,6 +11,7 @@ One implementation behind the callbacks, the command line and the API. The proto
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -26,8 +27,9 @@ from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_t
 from .envs.variations import Variation, make_varied_env
 from .families import as_family, family_from
 from .learners import LearnerFamily
+from .mixtures import members
 from .nature import FRAMES
-from .teaching import StackedPolicy, keep_random_state, teach_many, with_line_search
+from .teaching import StackedPolicy, chosen_rule, keep_random_state, teach_many, with_line_search
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -263,10 +265,12 @@ def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, ru
     Before anybody plays or trains. Random state stays as it is.
     """
     few = dataclasses.replace(dataset, observations=dataset.observations[:2], targets=dataset.targets[:2])
-    for rule in rules:
+    device = few.observations.device
+    for rule, member in itertools.product(rules, members(family)):
+        chosen_rule(dataset, rule)  # whose absence is no fault of the family
         try:
-            with keep_random_state(few.observations.device):
-                teach_many(family, few, 2, rule, device=few.observations.device)
+            with keep_random_state(device):
+                teach_many(member, few, 2, rule, device=device)
         except Exception as error:  # somebody else's module may raise anything
             raise ConfigError(f"{name} cannot be taught by {rule} ({error or type(error).__name__})") from error
 

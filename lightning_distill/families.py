@@ -103,7 +103,12 @@ def family_named(name: str) -> LearnerFamily:
         raise ConfigError(
             f"family={name!r}: cannot be imported ({error}); modules in the working directory and installed ones can"
         ) from error
-    return as_family(found)
+    if isinstance(found, str):  # which would be taken for a name
+        raise ConfigError(f"family={name!r}: is a str, expected a LearnerFamily or an nn.Module factory")
+    try:
+        return as_family(found)
+    except Exception as error:  # a class of families may need arguments
+        raise ConfigError(f"family={name!r}: {error}") from error
 
 
 def as_family(family: LearnerFamily | Callable[..., Any] | str) -> LearnerFamily:
@@ -116,9 +121,7 @@ def as_family(family: LearnerFamily | Callable[..., Any] | str) -> LearnerFamily
         return family()
     if callable(family) and not isinstance(family, nn.Module):
         return ModuleFamily(family)
-    raise ConfigError(
-        f"family={family!r}: is a {type(family).__name__}, expected a LearnerFamily or an nn.Module factory"
-    )
+    raise ConfigError(f"family: is a {type(family).__name__}, expected a LearnerFamily or an nn.Module factory")
 
 
 def can_draw(family: LearnerFamily, other: LearnerFamily) -> bool:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
 from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
-from .configs import with_shipped_config
+from .configs import check_seed, with_shipped_config
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
 from .meta_ppo import MetaPPO
@@ -87,9 +87,7 @@ class DistillCLI(LightningCLI):
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
         self.config = parser.parse_args(given)
         chosen = self.config[self.config.subcommand]
-        seed = chosen.seed_everything
-        if type(seed) is int and not 0 <= seed < 2**32:
-            raise ConfigError(f"seed_everything={seed}: allowed are integers from 0, below 2**32")
+        check_seed(chosen.seed_everything)
         if chosen.ckpt_path == "last":
             chosen.ckpt_path = self._last_checkpoint(parser)
         if (
@@ -195,12 +193,11 @@ class DistillCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except MisconfigurationException as error:
-            # Of the Trainer's many options those that differ from machine to machine are named.
+            # It names the options that it is about, but for those that differ from machine to machine.
             trainer = self._get(self.config, "trainer")
-            named = ", ".join(
-                f"trainer.{name}={trainer.get(name)!r}" for name in ("accelerator", "devices", "strategy")
-            )
-            raise ConfigError(f"{named}: {error}") from error
+            named = ", ".join(f"trainer.{name}={trainer.get(name)!r}" for name in ("accelerator", "devices"))
+            of_the_machine = re.search("backend|accelerator|device", str(error))
+            raise ConfigError(f"{named}: {error}" if of_the_machine else str(error)) from error
         except ValueError as error:
             # What a class says of its own arguments comes wrapped in what the parser tried: the innermost says it plainly.
             plain = error

@@ -169,6 +169,10 @@ class MetaPPO(PPO):
                 torch.manual_seed(stream_seed(*born[:3]))
             self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._born = None  # what was drawn to check the family is of no iteration
+
     def policy_params(self) -> Params:
         batch = self.synthetic_batch
         inputs = batch.observations if self.encoded_pairs else self.encoder(batch.observations)

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 from .checkpoints import AtomicCheckpointIO
+from .configs import check_seed
 from .dataset import load, write_atomically
 from .envs import ConfigError, env_spec
 from .families import as_family
@@ -47,23 +49,29 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     stages = _read(path)
     places = {name: f"{folder / name}/VERSION" for name in stages}
     for name, commands in stages.items():
-        for command in commands:
+        for number, command in enumerate(commands):
             try:
-                _check(yaml.safe_load(config_of([*_arguments(command, places), *options])), list(places.values()))
+                config = config_of(_seeded([*_arguments(command, places), *options], number))
+                _check(yaml.safe_load(config), list(places.values()), several=len(commands) > 1)
             except ValueError as error:
                 raise ConfigError(f"{path}: stage {name!r}: {error}") from None
     chosen: dict[str, Path] = {}
     for name, commands in stages.items():
         runs = []
-        for number, command in enumerate(commands, 1):
-            label = name if len(commands) == 1 else f"{name}/{number}"
-            arguments = [*_arguments(command, chosen), *options]
-            if number > 1:  # from the same seed runs of other settings, too, often end alike
-                seed = yaml.safe_load(config_of(arguments))["seed_everything"]
-                arguments.append(f"--seed_everything={int(seed or 0) + 1000 * (number - 1)}")
+        for number, command in enumerate(commands):
+            label = name if len(commands) == 1 else f"{name}/{number + 1}"
+            arguments = _seeded([*_arguments(command, chosen), *options], number)
             runs.append(finished_run(label, arguments, folder / label, output))
         chosen[name] = runs[0] if len(runs) == 1 else _best(name, runs, output)
     return chosen
+
+
+def _seeded(arguments: list[str], number: int) -> list[str]:
+    """The arguments of one of a stage's runs, with a seed of its own: from the same one runs often end alike."""
+    if number == 0:
+        return arguments
+    seed = yaml.safe_load(config_of(arguments))["seed_everything"]
+    return [*arguments, f"--seed_everything={int(seed or 0) + 1000 * number}"]
 
 
 def _read(path: str) -> dict[str, list[str]]:
@@ -96,10 +104,26 @@ def _are_lines(lines: Any) -> bool:
     return isinstance(lines, list) and bool(lines) and all(isinstance(line, str) for line in lines)
 
 
-def _check(config: dict[str, Any], places: list[str]) -> None:
-    """Raise unless what a config names, and the parser takes on trust, is there or will be written by an earlier stage."""
-    data, options, held_out = config["data"], config["model"]["init_args"], config["held_out"]["families"] or []
+def _check(config: dict[str, Any], places: list[str], several: bool) -> None:
+    """Raise unless what a config names, and the parser takes on trust, is there or will be written by an earlier stage.
+
+    Args:
+        config: of a run.
+        places: folders of the stages' runs, to be.
+        several: whether it is one of several of its stage.
+    """
+    data, model, held_out = config["data"], config["model"], config["held_out"]["families"] or []
+    for name, value in (("data.env", data["env"]), ("model", model)):
+        if value is None:
+            raise ConfigError(f"{name}: not given")
+    check_seed(config["seed_everything"])
+    _check_checkpoints(config["trainer"])
+    if several and (config["checkpoint"]["monitor"] != "val/return" or config["trainer"].get("limit_val_batches") == 0):
+        raise ConfigError(
+            "checkpoint.monitor, trainer.limit_val_batches: the best of several runs is told by val/return of validations"
+        )
     env_spec(data["env"], data["env_kwargs"])
+    options = model["init_args"]
     families = [options.get("family"), *(held_out.values() if isinstance(held_out, dict) else held_out)]
     for family in families:
         if isinstance(family, str):
@@ -113,6 +137,11 @@ def _check(config: dict[str, Any], places: list[str]) -> None:
             )
         if given and not place and not Path(given).is_file():
             load(given)
+
+
+def _check_checkpoints(trainer: dict[str, Any]) -> None:
+    if trainer.get("enable_checkpointing") is False:
+        raise ConfigError("trainer.enable_checkpointing=False: allowed is true, as runs go on from checkpoints")
 
 
 def _best(name: str, runs: list[Path], output: Any) -> Path:
@@ -160,26 +189,33 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
     Raises:
         ConfigError: the arguments are not understood, or the run failed.
     """
+    arguments = [*arguments, "--export.dirpath=null"]  # each run has its dataset in its own folder
     record, begun, config = root / "finished.json", root / "begun.yaml", config_of(arguments)
+    trainer = yaml.safe_load(config)["trainer"]
+    _check_checkpoints(trainer)
     if record.is_file():
         last = json.loads(record.read_text())
         if last.get("config") == config and Path(last["folder"]).is_dir():
             return Path(last["folder"])
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
-    command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments]
-    command += [f"--trainer.default_root_dir={root}"]
+    # Without loggers, which number runs, each start has a folder of its own.
+    starts = len(list(root.glob("start_*")))
+    place = root / f"start_{starts}" if trainer.get("logger") is False else root
+    command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments, f"--trainer.default_root_dir={place}"]
     if not (begun.is_file() and begun.read_text() == config):
         write_atomically(begun, config.encode())
     # What another config has learned is no beginning of this one.
     since = begun.stat().st_mtime
-    if any(path.stat().st_mtime > since for path in root.rglob("last.ckpt")):
-        command += ["--ckpt_path=last"]
+    if newer := [path for path in root.rglob("last.ckpt") if path.stat().st_mtime > since]:
+        command += [f"--ckpt_path={max(newer, key=lambda path: path.stat().st_mtime)}"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
-    # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself.
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    }
+    # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself. (Threads are told nothing.)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
     try:
         failed = process.wait()
     finally:

@@ -84,9 +84,9 @@ def _fit(config: str, pairs: int, folder: Path, options: Sequence[str]) -> Trial
             arguments = [f"--config={config}", *options, f"--model.pairs={pairs}"]
             run = finished_run(folder.name, arguments, folder, file, subprocess.STDOUT)
     except ConfigError as error:
-        lines = log.read_bytes()[before:].decode().split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), str(error))
-        raise ConfigError(f"the run with {pairs} pairs failed, see {log}: {said.strip()}") from None
+        lines = log.read_bytes()[before:].decode(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+        raise ConfigError(f"the run with {pairs} pairs failed, see {log}: {said} ({error})") from None
     path = run / "distilled.safetensors"
     dataset = load(path)
     if IN_DISTRIBUTION not in dataset.metadata.get("returns", {}):

@@ -200,7 +200,7 @@ def teach(
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: is a {type(module).__name__}, expected an nn.Module")
     dataset = as_dataset(dataset)
-    rule, numbers = _step_rule(dataset, step_rule)
+    rule, numbers = chosen_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
     with torch.inference_mode(False), torch.enable_grad():
         taught = module if in_place else _copied(module)
@@ -245,12 +245,12 @@ def teach_many(
         ValueError: as :func:`teach`; or the modules differ in architecture, or in what is neither parameter nor buffer.
     """
     dataset = as_dataset(dataset)
-    rule, numbers = _step_rule(dataset, step_rule)
-    if isinstance(family, nn.Module):
+    rule, numbers = chosen_rule(dataset, step_rule)
+    if isinstance(family, nn.Module) and not isinstance(family, nn.ModuleList):
         raise ValueError(
             f"family: one {type(family).__name__}, which teach(module, dataset) teaches; allowed is a list of modules"
         )
-    if isinstance(family, str) or callable(family):
+    if isinstance(family, str) or not isinstance(family, LearnerFamily | Sequence | nn.ModuleList):
         family = as_family(family)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):
@@ -330,8 +330,12 @@ def _copied(module: nn.Module) -> nn.Module:
         raise ValueError(f"module cannot be copied ({error}); in_place=True teaches the module itself") from error
 
 
-def _step_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, list[Tensor]]:
-    """The rule of that name, by default the dataset's, and its numbers in the dataset."""
+def chosen_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, list[Tensor]]:
+    """The rule of that name, by default the dataset's, and its numbers in the dataset.
+
+    Raises:
+        ValueError: there is no such rule, or the dataset lacks numbers that it needs.
+    """
     name = name or dataset.step_rule
     missing = {known: [n for n in rule.numbers if getattr(dataset, n) is None] for known, rule in STEP_RULES.items()}
     usable = ", ".join(known for known, lacking in missing.items() if not lacking)

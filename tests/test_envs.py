@@ -124,7 +124,7 @@ WITHOUT_FORCES = {f"include_{part}_in_observation": False for part in ("cinert",
         ("Walker2d-v5", {"healthy_reward": 0.1, "ctrl_cost_weight": 0.5, "forward_reward_weight": 2}, 8, 1, 1e-4),
         (
             "Ant-v5",
-            {"include_cfrc_ext_in_observation": False, "healthy_reward": 3, "contact_cost_weight": 0},
+            {"include_cfrc_ext_in_observation": False, "healthy_reward": 3, "contact_cost_weight": 1},
             13,
             2,
             1e-3,

@@ -90,6 +90,19 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
             "stage 'a' speaks of 'b'; allowed are earlier stages: none",
         ),
         (f"a: --data.env=CartPole-v1\nb: {SHORT} --model.pears=3", r"stage 'b': .*pears"),
+        ("a: --model.pairs=3", "stage 'a': data.env: not given"),
+        (
+            "a: --data.env=CartPole-v1 --trainer.enable_checkpointing=false",
+            "enable_checkpointing=False: allowed is true",
+        ),
+        (
+            "a: [--data.env=CartPole-v1, --data.env=CartPole-v1 --seed_everything=4294967000]",
+            "stage 'a': seed_everything=4294968000: allowed",
+        ),
+        (
+            "a: [--data.env=CartPole-v1, --data.env=CartPole-v1 --trainer.limit_val_batches=0]",
+            "stage 'a': .*limit_val_batches",
+        ),
         ("a: []", r"allowed are lines NAME: OPTIONS .* or NAME: \[OPTIONS"),
         ("a: [--data.env=CartPole-v1, 3]", r"allowed are lines NAME: OPTIONS .* or NAME: \[OPTIONS"),
         ("a: --data.env=CartPole-v1\nb: --data.env=CartPole-v7", "stage 'b': data.env='CartPole-v7'"),

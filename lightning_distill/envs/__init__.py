@@ -115,6 +115,8 @@ def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _not_accepted(env: str, kwargs: dict[str, Any], error: Exception) -> str:
+    if not kwargs:
+        return f"data.env={env!r} cannot be made ({type(error).__name__}: {error})"
     return (
         f"data.env_kwargs={kwargs!r}: not accepted by {env} ({type(error).__name__}: {error}); "
         "allowed: what its constructor takes, or null to give it nothing"
@@ -168,8 +170,10 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
     made = _gymnasium_env(env, kwargs)
     observation, action = made.observation_space, made.action_space
     rest = {"kwargs": kwargs, "time_limit": made.spec.max_episode_steps}
-    _try_out(env, made)
-    made.close()
+    try:
+        _try_out(env, made)
+    finally:
+        made.close()
     if not isinstance(observation, Box) or observation.shape == ():
         raise ConfigError(
             f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape, and what Gymnasium flattens to one "
