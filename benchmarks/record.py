@@ -4,7 +4,7 @@
 
 Distillation and direct PPO alike; the name is that of the config. Nothing is typed: returns are those of the run's test,
 the curve is its validation, minutes are those between the first and the last update without evaluation. What the runs took that it began
-with is found in their folders, as its config names their files; of files that lie elsewhere say it by ``--before STEPS MINUTES``.
+with is found in their folders, as its config names their files, and of runs that a pipeline chose from in the others' as well; of files that lie elsewhere say it by ``--before STEPS MINUTES``.
 """
 
 from __future__ import annotations
@@ -43,9 +43,19 @@ def spent_before(folder: Path) -> tuple[int, float]:
     }:
         if run in files:
             raise SystemExit(f"{run}: not in the folder of its run: say by --before STEPS MINUTES what it took")
-        for taken in (spent(logged(run))[:2], spent_before(run)):
-            steps, minutes = steps + taken[0], minutes + taken[1]
+        for each in of_the_stage(run):
+            for taken in (spent(logged(each))[:2], spent_before(each)):
+                steps, minutes = steps + taken[0], minutes + taken[1]
     return steps, minutes
+
+
+def of_the_stage(run: Path) -> list[Path]:
+    """The runs of which a pipeline took this one as the best; it alone where there were no others."""
+    stage = next((parent for parent in run.parents if (parent / "finished.json").is_file()), None)
+    if stage is None or not stage.name.isdigit():
+        return [run]
+    finished = sorted(stage.parent.glob("*/finished.json"))
+    return [Path(json.loads(path.read_text())["folder"]) for path in finished]
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
