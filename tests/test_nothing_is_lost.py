@@ -379,11 +379,11 @@ def test_a_missing_checkpoint_is_named(here, capsys):
     assert "ckpt_path='nowhere.ckpt': no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("env", "word"), [("NotANumber", "reward"), ("NotAnObservation", "observation")])
+@pytest.mark.parametrize(("env", "word"), [("NotANumber", "a reward"), ("NotAnObservation", "an observation")])
 def test_numbers_that_are_none_end_the_run(env, word, here, capsys):
     with pytest.raises(SystemExit):
         fit(f"--data.env=Probe{env}-v0", "--data.env_steps=1000")
-    assert f"returned a {word} that is NaN" in capsys.readouterr().err
+    assert f"returned {word} that is NaN" in capsys.readouterr().err
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
