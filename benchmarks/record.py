@@ -4,7 +4,8 @@
 
 Distillation and direct PPO alike; the name is that of the config. Nothing is typed: returns are those of the run's test,
 the curve is its validation, minutes are those between the first and the last update without evaluation. What the runs took that it began
-with is found in their folders, as its config names their files, and of runs that a pipeline chose from in the others' as well; of files that lie elsewhere say it by ``--before STEPS MINUTES``.
+with is found in their folders, as its config names their files, and in those of the other runs that a pipeline chose it from; of files
+that lie elsewhere say it by ``--before STEPS MINUTES``.
 """
 
 from __future__ import annotations

@@ -206,8 +206,8 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
         write_atomically(begun, config.encode())
     # What another config has learned is no beginning of this one.
     since = begun.stat().st_mtime
-    if newer := [path for path in root.rglob("last.ckpt") if path.stat().st_mtime > since]:
-        command += [f"--ckpt_path={max(newer, key=lambda path: path.stat().st_mtime)}"]
+    if (last_checkpoint := _newest_checkpoint(root)) and last_checkpoint.stat().st_mtime > since:
+        command += [f"--ckpt_path={last_checkpoint}"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
     # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself. (Threads are told nothing.)
     before = {}
@@ -223,9 +223,12 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
             signal.signal(number, handler)
     if failed:
         raise ConfigError(f"stage {name!r} ended with exit code {failed}; the same command goes on where it stopped")
-    checkpoints = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
+    if (last_checkpoint := _newest_checkpoint(root)) is None:
         raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
-    run = checkpoints[-1].parents[1]
+    run = last_checkpoint.parents[1]
     write_atomically(record, json.dumps({"config": config, "folder": str(run)}).encode())
     return run
+
+
+def _newest_checkpoint(root: Path) -> Path | None:
+    return max(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)

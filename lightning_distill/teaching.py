@@ -250,7 +250,7 @@ def teach_many(
         raise ValueError(
             f"family: one {type(family).__name__}, which teach(module, dataset) teaches; allowed is a list of modules"
         )
-    if isinstance(family, str) or not isinstance(family, LearnerFamily | Sequence | nn.ModuleList):
+    if isinstance(family, str) or not isinstance(family, Sequence | nn.ModuleList):
         family = as_family(family)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):

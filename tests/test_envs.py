@@ -323,6 +323,14 @@ class Strange(gymnasium.Env):
         return results[:4] if self.way == "old step" else results
 
 
+@pytest.fixture
+def strange():
+    gymnasium.register("Strange-v0", Strange)
+    yield
+    del gymnasium.registry["Strange-v0"]
+
+
+@pytest.mark.usefixtures("strange")
 @pytest.mark.parametrize(
     ("way", "message"),
     [
@@ -334,26 +342,17 @@ class Strange(gymnasium.Env):
     ],
 )
 def test_an_environment_that_is_not_as_gymnasium_has_it_is_named(way, message):
-    gymnasium.register("Strange-v0", Strange)
-    try:
-        assert env_spec("Strange-v0").observation_shape == (3,)
-        with pytest.raises(ConfigError, match=r"data\.env='Strange-v0'.*" + message):
-            env_spec("Strange-v0", {"way": way})
-    finally:
-        del gymnasium.registry["Strange-v0"]
+    assert env_spec("Strange-v0").observation_shape == (3,)
+    with pytest.raises(ConfigError, match=r"data\.env='Strange-v0'.*" + message):
+        env_spec("Strange-v0", {"way": way})
 
 
+@pytest.mark.usefixtures("strange")
 def test_torchrl_environments_that_cannot_be_made_or_learned_from_are_named():
     with pytest.raises(ConfigError, match=r"data\.env_kwargs=.*lenth.*not accepted by torchrl\.envs\.PendulumEnv"):
         env_spec("torchrl.envs.PendulumEnv", {"lenth": 5})
-    gymnasium.register("Strange-v0", Strange)
-    try:
-        with pytest.raises(ConfigError, match="action spec MultiCategorical"):
-            env_spec(
-                "torchrl.envs.GymEnv", {"env_name": "Strange-v0", "way": "two", "categorical_action_encoding": True}
-            )
-    finally:
-        del gymnasium.registry["Strange-v0"]
+    with pytest.raises(ConfigError, match="action spec MultiCategorical"):
+        env_spec("torchrl.envs.GymEnv", {"env_name": "Strange-v0", "way": "two", "categorical_action_encoding": True})
 
 
 def test_backend_that_cannot_make_an_environment_says_so():

@@ -171,14 +171,14 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
     observation, action = made.observation_space, made.action_space
     rest = {"kwargs": kwargs, "time_limit": made.spec.max_episode_steps}
     try:
+        if not isinstance(observation, Box) or observation.shape == ():
+            raise ConfigError(
+                f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape, and what Gymnasium flattens to "
+                "one (Dict, Tuple, Discrete, …)"
+            )
         _try_out(env, made)
     finally:
         made.close()
-    if not isinstance(observation, Box) or observation.shape == ():
-        raise ConfigError(
-            f"data.env={env!r} has the observation space {observation}; allowed: Box with a shape, and what Gymnasium flattens to one "
-            "(Dict, Tuple, Discrete, …)"
-        )
     if isinstance(action, Discrete) and action.start == 0:
         return EnvSpec(env, observation.shape, "discrete", int(action.n), **rest)
     if isinstance(action, Box) and len(action.shape) == 1:
@@ -191,10 +191,9 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
 
 def _try_out(env: str, made: Any) -> None:
     """Raise ``ConfigError`` unless an environment begins an episode and steps as Gymnasium's interface has it: an own one may not."""
-    import gymnasium
     import numpy as np
 
-    space = made.observation_space
+    shape = made.observation_space.shape
     try:
         observation, _ = made.reset(seed=0)
         following, reward, terminated, truncated, _ = made.step(made.action_space.sample())
@@ -205,9 +204,9 @@ def _try_out(env: str, made: Any) -> None:
             "step(action) observation, reward, terminated, truncated and info"
         ) from error
     for seen in (observation, following):
-        if isinstance(space, gymnasium.spaces.Box) and np.shape(seen) != space.shape:
+        if np.shape(seen) != shape:
             raise ConfigError(
-                f"data.env={env!r}: an observation has the shape {np.shape(seen)}; allowed is that of its observation_space, {space.shape}"
+                f"data.env={env!r}: an observation has the shape {np.shape(seen)}; allowed is that of its observation_space, {shape}"
             )
 
 
@@ -285,8 +284,9 @@ def make_env(
         num_envs: batch size of the environment.
         seed: of its start states.
         backend: who simulates a Gymnasium id: ``gymnasium`` (one after the other), ``processes`` (gymnasium, one
-            process each), ``envpool`` (C++ threads; needs the extra ``fast``, and of ``env_kwargs`` may only leave
-            parts out of the observation and have ``SHARED_ARGUMENTS``); ``auto`` takes envpool where it can. Atari games have a simulator of their own.
+            process each), ``envpool`` (C++ threads; needs the extra ``fast``, and ``env_kwargs`` that only leave parts of
+            the observation out or are among ``SHARED_ARGUMENTS``); ``auto`` takes envpool where it can. Atari games have a
+            simulator of their own.
         threads: of envpool and of the Atari emulator.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
         training: first episodes are truncated at staggered times, see :class:`VectorEnv`; Atari: clip rewards, and end an
