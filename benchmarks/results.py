@@ -58,15 +58,23 @@ def zoo_table() -> str:
         )
     header = ["dataset", "environment", "pairs", "step rule", "its steps", "in all", "seed"]
     header += ["sampled", "worst", "greedy", "plain step, sampled", f"{others.LEARNERS} others", "worst", "failed"]
+    header += [f"worst, {others.EPISODES} episodes", "failed"]
     return with_commands([*header, "command"], rows)
 
 
-def of_others(name: str, dataset: DistilledDataset) -> tuple[str, str, str]:
-    """Mean, worst and number of failures of other learners, where they were measured."""
+def of_others(name: str, dataset: DistilledDataset) -> tuple[str, ...]:
+    """Mean, worst and number of failures of other learners, where they were measured; where some fail, of those judged by more episodes."""
     entry = others.found(name, dataset)
     if entry is None:
-        return "", "", ""
-    return marked.interval(entry), f"{entry['worst']:.1f}", "" if entry["failed"] is None else str(entry["failed"])
+        return ("",) * 5
+    failed = "" if entry["failed"] is None else str(entry["failed"])
+    judged = entry.get("judged")
+    return (
+        marked.interval(entry),
+        f"{entry['worst']:.1f}",
+        failed,
+        *(("", "") if judged is None else (f"{judged['worst']:.1f}", str(judged["failed"]))),
+    )
 
 
 def with_commands(header: Sequence[str], rows: Sequence[list[Any]]) -> str:

@@ -51,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ConfigError: there is no such file, it is broken, or it holds objects that only code could restore.
         """
         try:
-            return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+            found = super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
         except FileNotFoundError:
             raise ConfigError(f"ckpt_path={str(path)!r}: no such file") from None
         except OSError as error:
@@ -61,6 +61,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 str(error).splitlines()[0] if zipfile.is_zipfile(path) else "no whole file of torch's present format"
             )
             raise ConfigError(f"ckpt_path={str(path)!r}: not a checkpoint that can be read safely ({cause})") from error
+        if not isinstance(found, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(found):
+            raise ConfigError(f"ckpt_path={str(path)!r}: a file of torch, but no checkpoint of a run")
+        return found
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -74,9 +77,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, minutes: PositiveFloat | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Several files of one name: each validation would replace the best one.
+        if self.monitor and self.save_top_k not in (0, 1) and "{" not in (self.filename or "{"):
+            raise ConfigError(
+                f"checkpoint.save_top_k={self.save_top_k} with checkpoint.filename={self.filename!r}: allowed are 0 and 1, or a filename "
+                "that says which, as '{env_steps:.0f}'"
+            )
         self.minutes = minutes
         self.fits = False
         self._saved_at = time.monotonic()
+        self._loaded_from = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -118,6 +128,11 @@ class RunCheckpoint(ModelCheckpoint):
         except OSError as error:
             logger.warning("no checkpoint of the moment it stopped: %s. The one before is whole.", error)
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loaded_from = Path(str(trainer.ckpt_path)).parent
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The best so far comes along into the new run's folder, so that what follows is measured against it.
 
@@ -125,23 +140,21 @@ class RunCheckpoint(ModelCheckpoint):
         """
         if not self.fits:
             return
-        if state_dict["dirpath"] != self.dirpath:
-            if self.monitor is None:
-                return
-            state_dict = self._carried_along(state_dict)
-        if state_dict:
-            super().load_state_dict(state_dict)
+        if self.monitor is not None and (carried := self._carried_along(state_dict)):
+            super().load_state_dict(carried)
 
     def _carried_along(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with its files in this run's folder; empty if they are gone."""
+        """The state with its files, which lie beside the checkpoint, in this run's folder; empty if they are gone.
+
+        Where they were when it was written says little: the folder may have been moved, and what is relative was so to another place.
+        """
+        there = self._loaded_from
         to = {path: os.path.join(str(self.dirpath), os.path.basename(path)) for path in state["best_k_models"]}
-        if not all(os.path.isfile(path) for path in to):
-            logger.warning(
-                "the best checkpoint so far is gone from %s: starting to look for one anew", state["dirpath"]
-            )
+        if not all((there / os.path.basename(path)).is_file() for path in to):
+            logger.warning("the best checkpoint so far is not in %s: starting to look for one anew", there)
             return {}
-        for path, copy in to.items():
-            copy_atomically(path, copy)
+        for copy in to.values():
+            copy_atomically(there / os.path.basename(copy), copy)
         return {
             **state,
             "dirpath": self.dirpath,

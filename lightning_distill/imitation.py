@@ -10,6 +10,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from .dataset import normalise
 from .envs import ConfigError, make_env, stream_seed
@@ -20,6 +21,8 @@ from .ppo import OBSERVATION_CLIP, no_loss
 
 #: Environments in which the expert's first states are seen, and steps in each of them.
 EPISODES, STEPS = 16, 1000
+#: What is imitated of a state, by its name in a rollout.
+SEEN = ("observation", "output")
 #: Figures of :class:`PPO`'s value loss and of its clipped surrogate.
 NOT_HERE = ("loss/value", "loss/explained_variance", "policy/kl", "policy/clip_fraction")
 
@@ -42,6 +45,9 @@ class Imitation(MetaPPO):
         expert_noise: times the expert's standard deviation, with which it acts at most: in each environment and rollout it is drawn
             between none and this (continuous actions). More of it shows states beside the expert's way, where learners come to be,
             while what is imitated stays its mean (DART, Laskey et al. 2017).
+        replay: states that each process keeps, the last so many; an iteration imitates as many of them, drawn at random, as a rollout has.
+            Default: those of its own rollout. A game looks alike for hundreds of steps, as the score stands in the frame: learners that are taught
+            to act at one score forget another. 28 kB each; a checkpoint does not hold them.
         lifetime, epochs, final_noise: as in :class:`MetaPPO`, with other defaults: it is the expert that acts.
         kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
     """
@@ -51,6 +57,7 @@ class Imitation(MetaPPO):
         spec: dict[str, Any],
         expert: str,
         expert_noise: PositiveFloat = 1.0,
+        replay: PositiveInt | None = None,
         lifetime: PositiveInt = 1,
         epochs: PositiveInt = 4,
         final_noise: PositiveFloat = 1.0,
@@ -63,6 +70,8 @@ class Imitation(MetaPPO):
         log_std = self._expert.log_std
         self._expert_log_std = None if log_std is None else log_std + math.log(expert_noise)
         self._noise_share: Tensor | None = None
+        self.replay = replay
+        self._seen: TensorDictReplayBuffer | None = None
         bounds = torch.tensor([self.spec.action_low, self.spec.action_high])  # [2, d]; nothing if actions are discrete
         self.register_buffer("_bounds", bounds, persistent=False)
         if self.start is None:
@@ -74,8 +83,19 @@ class Imitation(MetaPPO):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        data = self.trainer.datamodule
+        rollout = data.num_envs * data.rollout_length
+        if self.replay is not None:
+            if self.replay < rollout:
+                raise ConfigError(
+                    f"model.replay={self.replay}: a rollout has {rollout} states; allowed are at least as many"
+                )
+            self._seen = TensorDictReplayBuffer(storage=LazyTensorStorage(self.replay), batch_size=rollout)
         if self.iteration == 0 and self.start is None:
-            states = self._episodes()
+            first = self._episodes()
+            if self._seen is not None:
+                self._seen.extend(first)
+            states = first["observation"]
             self.env_steps += len(states) * self.trainer.world_size
             if self.spec.frames and self.encoder_level == 0:
                 mean, std = states.mean(0, dtype=torch.float32), self.observation_moments.std
@@ -97,15 +117,16 @@ class Imitation(MetaPPO):
             batch.noise.begin_with(expert.log_std)
 
     @torch.no_grad()
-    def _episodes(self) -> Tensor:
-        """States [m, *obs] in which the expert acted."""
+    def _episodes(self) -> TensorDictBase:
+        """States [m] in which the expert acted: ``observation`` [m, *obs] and its ``output`` [m, d]."""
         data = self.trainer.datamodule
         env = make_env(self.spec, EPISODES, stream_seed(self.seed, self.rank, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
             for _ in range(10 if self.trainer.fast_dev_run else STEPS):
-                states.append(state["observation"])
-                _, state = env.step_and_maybe_reset(self.act(state))
+                acted = self.act(state)
+                states.append(acted.select(*SEEN))
+                _, state = env.step_and_maybe_reset(acted)
         finally:
             env.close()
         return torch.cat(states)
@@ -129,8 +150,12 @@ class Imitation(MetaPPO):
         return state
 
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
-        expert = rollout["output"].unflatten(0, (self.learners, -1)).flatten(1, 2)
-        return super()._samples(rollout) | {"expert": expert}
+        samples, states = super()._samples(rollout), rollout.select(*SEEN).flatten()
+        if self._seen is not None:
+            self._seen.extend(states.cpu())
+            states = self._seen.sample().to(self.device)
+        observation, expert = (states[name].unflatten(0, (self.learners, -1)) for name in SEEN)
+        return samples | {"observation": observation, "expert": expert}
 
     def _values(self, observations: Tensor) -> Tensor:
         """Zeros: nothing here asks what a state is worth, and of frames a critic is half of what an update costs."""

@@ -99,7 +99,7 @@ class DistillCLI(LightningCLI):
                 f"ckpt_path: not given; allowed for {self.config.subcommand} are a checkpoint's path or last, "
                 "or a dataset to begin with (--model.start)"
             )
-        if chosen.ckpt_path not in (None, "best", "hpc"):
+        if chosen.ckpt_path is not None:
             # Before Lightning reads it, less carefully, and before loggers begin.
             check_env(AtomicCheckpointIO().load_checkpoint(chosen.ckpt_path), chosen.data.env)
 
@@ -110,7 +110,8 @@ class DistillCLI(LightningCLI):
         """
         given = self._model_options()
         super()._parse_ckpt_path()
-        if self.config.subcommand != "fit":
+        chosen = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit" or chosen.ckpt_path is None:
             return
         for option, saved in self._model_options().items():
             if given.get(option) != saved:

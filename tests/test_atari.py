@@ -298,7 +298,8 @@ def test_learners_without_an_encoder_imitate_from_frames_less_their_mean(tmp_pat
     data = {"env_steps": 160 + 8, "num_envs": 2, "rollout_length": 4}
     small = {"pairs": 2, "learners": 2, "family": NatureCNN(width=8, channels=(2, 3, 2))}
     run = small_run("ALE/Pong-v5", Watched, iterations=1, data=data, expert=expert, **small)
-    frames, mean = seen[0], seen[0].float().mean(0)
+    frames = seen[0]["observation"]
+    mean = frames.float().mean(0)
     assert mean.std() > 1
     dataset = load(run.distilled().save(tmp_path / "d.safetensors"))
     torch.testing.assert_close(dataset.observation_mean, mean)

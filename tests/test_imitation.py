@@ -13,9 +13,10 @@ from lightning_distill.experts import TAUGHT
 from lightning_distill.imitation import Imitation, divergence, within
 
 
-def other_learners(iterations, model=Imitation):
+def other_learners(iterations, model=Imitation, **options):
     return small_run(
         model=model,
+        **options,
         expert="cartpole_1d_plain",
         pairs=6,
         step_rule="newton",
@@ -65,7 +66,7 @@ def test_each_process_sees_the_expert_in_episodes_of_its_own():
             self.seen = []
             for self.rank in (0, 1, 0):
                 torch.manual_seed(1)
-                self.seen.append(self._episodes())
+                self.seen.append(self._episodes()["observation"])
 
     zero, one, again = other_learners(1, Seen).seen
     assert torch.equal(zero, again)
@@ -203,6 +204,39 @@ def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match="holds no policy"):
         Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "other.ckpt"))
+
+
+class Drawn(Imitation):
+    """Keeps what each iteration imitates, and what its rollout saw."""
+
+    def _samples(self, rollout):
+        samples = super()._samples(rollout)
+        self.drawn = [*getattr(self, "drawn", []), samples["observation"].flatten(0, 1)]
+        self.rollouts = [*getattr(self, "rollouts", []), rollout["observation"].flatten(0, 1)]
+        torch.testing.assert_close(self._expert.output(self.drawn[-1]), samples["expert"].flatten(0, 1))
+        return samples
+
+
+def rows(states):
+    return {tuple(state) for state in states.tolist()}
+
+
+def test_states_of_earlier_rollouts_are_imitated_too():
+    plain = other_learners(3, Drawn)
+    for drawn, rollout in zip(plain.drawn, plain.rollouts, strict=True):
+        assert rows(drawn) == rows(rollout), "by default those of the rollout"
+
+    module = other_learners(3, Drawn, replay=16 * 1000 + 640)
+    assert [len(drawn) for drawn in module.drawn] == [640] * 3
+    assert rows(module.drawn[0]) - rows(module.rollouts[0]), "of the expert's first episodes"
+    assert rows(module.drawn[2]) & (rows(module.rollouts[0]) | rows(module.rollouts[1])) - rows(module.rollouts[2])
+    again = other_learners(3, Drawn, replay=16 * 1000 + 640)
+    assert torch.equal(again.drawn[2], module.drawn[2]), "the same seed, the same states"
+
+    module = other_learners(3, Drawn, replay=640)
+    assert rows(module.drawn[2]) <= rows(module.rollouts[2]), "older ones are forgotten"
+    with pytest.raises(ConfigError, match=r"model\.replay=639: a rollout has 640 states; allowed are at least as many"):
+        other_learners(1, replay=639)
 
 
 def test_a_warmup_of_the_critic_that_imitation_lacks_is_refused():

@@ -155,6 +155,31 @@ def test_best_so_far_comes_along(here):
     assert env_steps(second / "checkpoints" / "last.ckpt") == 12_800
 
 
+def test_best_checkpoint_is_looked_for_beside_the_one_that_is_loaded(here, monkeypatch):
+    """Whatever the working directory, and also where the run was moved."""
+    fit("--data.env_steps=6_400")
+    (here / "elsewhere").mkdir()
+    run = (here / "runs" / "CartPole-v1" / "version_0").rename(here / "moved")
+    best, last = (run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    checkpoint = torch.load(last, weights_only=True)
+    key = next(key for key in checkpoint["callbacks"] if "'val/return'" in key)
+    checkpoint["callbacks"][key] |= {"best_model_score": torch.tensor(1e6)}
+    checkpoint["callbacks"][key]["best_k_models"] = dict.fromkeys(
+        checkpoint["callbacks"][key]["best_k_models"], torch.tensor(1e6)
+    )
+    torch.save(checkpoint, last)
+    monkeypatch.chdir(here / "elsewhere")
+    fit("--data.env_steps=12_800", f"--ckpt_path={last}")
+    goes_on = here / "elsewhere" / "runs" / "CartPole-v1" / "version_0" / "checkpoints"
+    assert (goes_on / "best.ckpt").read_bytes() == best.read_bytes()
+
+
+def test_several_best_checkpoints_need_several_names():
+    with pytest.raises(ConfigError, match=r"checkpoint\.save_top_k=3 with checkpoint\.filename='best': allowed are 0 and 1"):
+        RunCheckpoint(monitor="val/return", filename="best", save_top_k=3)
+    RunCheckpoint(monitor="val/return", filename="{env_steps:.0f}", save_top_k=3)
+
+
 def test_best_dataset_comes_along_into_another_working_directory(here, monkeypatch):
     before, after = ExportDataset(), ExportDataset()
     after.fits = True
