@@ -128,9 +128,7 @@ class RunCheckpoint(ModelCheckpoint):
         except OSError as error:
             logger.warning("no checkpoint of the moment it stopped: %s. The one before is whole.", error)
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded_from = Path(str(trainer.ckpt_path)).parent
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -66,6 +67,7 @@ class CollectorDataModule(L.LightningDataModule):
         episodes: PositiveInt = 1,
     ) -> None:
         super().__init__()
+        _check_plain(env_kwargs or {})
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
         self.max_episode_steps = max_episode_steps
@@ -224,3 +226,18 @@ class Rollouts:
         if self.collector is not None:
             self.collector.shutdown()
             self.collector = None
+
+
+def _check_plain(env_kwargs: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for arguments that a dataset file, which is to make the environment again, cannot hold."""
+    for name, value in env_kwargs.items():
+        try:
+            held = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            held = None
+        # Ranges are tuples as often as lists.
+        if not isinstance(name, str) or held != (list(value) if isinstance(value, tuple) else value):
+            raise ConfigError(
+                f"data.env_kwargs: {name}={value!r} ({type(value).__name__}); allowed are names with plain values: numbers, texts, true, false, "
+                "None, and lists and mappings of them"
+            )

@@ -71,7 +71,7 @@ class DistilledDataset:
         encoder: state dict of the encoder whose output learners are fed in teaching and acting; empty unless
             ``encoder_level`` > 0.
         metadata: everything else the file says (``docs/file_format.md``), in plain JSON values: control
-            characters are escaped, numbers that are not finite are None.
+            characters are escaped, numbers that are not finite are None (in ``env_kwargs`` they may be infinite).
 
     Raises:
         DatasetError: a field is not what format 1 says; the message names it, its value and what is expected.
@@ -94,7 +94,9 @@ class DistilledDataset:
     def __post_init__(self) -> None:
         # What is shown on a terminal later can hold no escape sequence; a config alone has several lines.
         texts = self.metadata.items()
-        metadata = {_plain(key): _plain(value, "\n\t" if key == "config" else "") for key, value in texts}
+        metadata = {
+            _plain(key): _plain(value, "\n\t" if key == "config" else "", key == "env_kwargs") for key, value in texts
+        }
         object.__setattr__(self, "metadata", metadata)
         self._check_tensors()
         self._check_text()
@@ -140,6 +142,9 @@ class DistilledDataset:
         for key, kind in JSON_KEYS.items():
             value = self.metadata.get(key)
             _require(value is None or isinstance(value, kind), f"{key}: a JSON {type(value).__name__}, cannot be one")
+        for key in INTEGER_KEYS:
+            value = self.metadata.get(key, 0)
+            _require(isinstance(value, int), f"{key}={value!r}: expected an integer")
         _check_returns(self.metadata.get("returns") or {})
         level = str(self.metadata.get("encoder_level", "0"))
         _require(level in ENCODER_LEVELS, f"encoder_level={level!r}: allowed are {', '.join(ENCODER_LEVELS)}")
@@ -270,7 +275,8 @@ class DistilledDataset:
             "encoder_level": "0",
         }
         for key, value in self.metadata.items():
-            entries[key] = json.dumps(value, allow_nan=False) if key in JSON_KEYS else str(value)
+            # A range in env_kwargs may have no end; elsewhere no number is infinite.
+            entries[key] = json.dumps(value, allow_nan=key == "env_kwargs") if key in JSON_KEYS else str(value)
         _check_size(entries)
         content = save({name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}, entries)
         return write_atomically(path, content)
@@ -393,15 +399,16 @@ def _require(holds: bool, message: str) -> None:
         raise DatasetError(message)
 
 
-def _plain(value: Any, keep: str = "") -> Any:
-    """A JSON value whose texts hold printable characters alone (others escaped) and whose numbers are finite or None."""
+def _plain(value: Any, keep: str = "", infinite: bool = False) -> Any:
+    """A JSON value whose texts hold printable characters alone (others escaped) and whose numbers are finite (or infinite) or None."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in value)
     if isinstance(value, Mapping):
-        return {_plain(str(key)): _plain(entry, keep) for key, entry in value.items()}
+        return {_plain(str(key)): _plain(entry, keep, infinite) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry, keep) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(entry, keep, infinite) for entry in value]
+    unknown = isinstance(value, float) and not (math.isfinite(value) or (infinite and math.isinf(value)))
+    return None if unknown else value
 
 
 def _check_returns(returns: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ IN_DISTRIBUTION = "in-distribution"
 TRAINED_POLICY = "trained policy"
 UNTAUGHT = "control: untaught"
 SHUFFLED = "control: shuffled targets"
+#: Rows of tables that are not families'.
+ROWS = (IN_DISTRIBUTION, TRAINED_POLICY, UNTAUGHT, SHUFFLED)
 
 #: Seeds of evaluations. A dataset is chosen by validation, so what is reported of it comes from another seed: by default
 #: that of the test at a run's end, whose returns the file states.
@@ -366,6 +368,14 @@ def evaluate(
     return table[IN_DISTRIBUTION][kind]
 
 
+def own_family(dataset: DistilledDataset, given: Mapping[str, LearnerFamily]) -> LearnerFamily:
+    """What the dataset was distilled with; where that cannot be built here, the first of those that are given."""
+    try:
+        return trained_family(dataset)
+    except ConfigError:
+        return next(iter(given.values()))
+
+
 def evaluate_all(
     dataset: DistilledDataset | str | os.PathLike[str],
     families: Mapping[str, LearnerFamily | Callable[..., nn.Module] | str] | None = None,
@@ -402,8 +412,10 @@ def evaluate_all(
         name: as_family(family) for name, family in (families or {IN_DISTRIBUTION: trained_family(dataset)}).items()
     }
     step_rules = reported_rules(dataset) if step_rules is None else step_rules
+    if controls and (taken := {UNTAUGHT, SHUFFLED} & set(families)):
+        raise ConfigError(f"family: {', '.join(taken)}: the name of a control; allowed is any other")
     if "line_search" in step_rules and dataset.line_search_scale is None:
-        dataset = with_line_search(dataset, trained_family(dataset))
+        dataset = with_line_search(dataset, own_family(dataset, families))
     for name, family in families.items():
         check_taught(f"family {name!r}", family, dataset, step_rules)
     rows = {

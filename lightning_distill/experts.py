@@ -44,12 +44,13 @@ class TaughtLearners(Expert):
         try:
             dataset = load(name)
             check_matches(dataset, spec)
+            family = trained_family(dataset)
         except ValueError as error:
             raise ConfigError(f"model.expert={name!r}: {error}") from None
         self.mean, self.std, self.log_std = dataset.observation_mean, dataset.observation_std, dataset.log_std
         with keep_random_state(torch.device("cpu")):
             torch.manual_seed(0)
-            self.policy = teach_many(trained_family(dataset), dataset, TAUGHT)
+            self.policy = teach_many(family, dataset, TAUGHT)
 
     def output(self, observations: Tensor) -> Tensor:
         policy = self.policy.to(observations.device)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .dataset import DistilledDataset
+from .nature import FRAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +114,7 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
     except Exception as error:  # a picture is not worth a run: graphics fail in many ways
         note = f"poses not drawn: {error}"
         logger.warning(note)
-    frames = len(dataset.observation_shape) == 3 and not dataset.encoded
+    frames = stacked_frames(dataset)
     heat = 0.0 if frames else min(6.0, 1.7 + 0.13 * dataset.pairs)
     above = scene[0] if scene else 0.0
     figure = new_figure(WIDTH, above + heat + 0.5)
@@ -132,12 +133,18 @@ def draw_pairs(dataset: DistilledDataset, path: Path) -> Path:
     return path
 
 
+def stacked_frames(dataset: DistilledDataset) -> bool:
+    """Whether an observation is a few frames, [C, H, W]; a picture with channels last is drawn as numbers."""
+    shape = dataset.observation_shape
+    return len(shape) == 3 and shape[0] <= FRAMES[0] and not dataset.encoded
+
+
 def _scene(dataset: DistilledDataset) -> tuple[float, Callable[[SubFigure], None]] | None:
     """Height (inches) of the picture that means something in this environment, and what draws it; None: no such one."""
     shape = dataset.observation_shape
     if dataset.encoded:
         return None
-    if len(shape) == 3:
+    if stacked_frames(dataset):
         rows = min(dataset.pairs, FRAME_ROWS)
         return 0.5 + 1.55 * rows, partial(_draw_frames, dataset=dataset, rows=rows)
     physical = (dataset.observations * dataset.observation_std + dataset.observation_mean).cpu().numpy()

@@ -71,7 +71,7 @@ def evaluate(
         json: write JSON.
     """
     from .envs.variations import Variation
-    from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, trained_family
+    from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, own_family
     from .families import HELD_OUT, families_apart
     from .tables import returns_table, shares
 
@@ -81,7 +81,7 @@ def evaluate(
     families = {name: _family(name, pairs) for name in family or [IN_DISTRIBUTION]}
     if held_out:
         strangers = {name: _family(name, pairs) for name in HELD_OUT if name not in families}
-        families |= families_apart(strangers, trained_family(pairs))
+        families |= families_apart(strangers, own_family(pairs, families))
     evaluations = evaluate_all(
         pairs,
         families,
@@ -270,7 +270,7 @@ def search(
     level: float | None = None,
     share: float = 0.9,
     option: list[str] | None = None,
-    output: str = "runs/search",
+    output: str | None = None,
     json: bool = False,
 ) -> None:
     """The smallest dataset: runs a config with more and more pairs until fresh learners reach a level.
@@ -282,16 +282,15 @@ def search(
             then run first.
         share: that share.
         option: more options of `lightning fit`, without their dashes: seed_everything=2 data.env_steps=500000.
-        output: folder of the runs.
+        output: folder of the runs; default: runs/search/ and the file's name.
         json: write JSON.
     """
     from rich.table import Table
 
     from .search import smallest
 
-    found, trials, level = smallest(
-        with_shipped_config(config), pairs, level, share, Path(output), _with_dashes(option)
-    )
+    folder = Path(output or Path("runs", "search", Path(config).stem))
+    found, trials, level = smallest(with_shipped_config(config), pairs, level, share, folder, _with_dashes(option))
     if json:
         rows = [{"pairs": trial.pairs, "path": str(trial.path)} | trial.entry for trial in trials]
         _print_json({"smallest": found and found.pairs, "level": level, "runs": rows})

@@ -154,15 +154,15 @@ class StackedLearners(nn.Module):
         super().__init__()
         self.run = forward
         self.stacked = nn.ParameterDict(
-            {  # a name in a module cannot hold a dot
-                name.replace(".", "/"): nn.Parameter(value.detach(), requires_grad=not name.startswith(FIXED))
+            {  # a name in a module cannot hold a dot, or be one that the module has for itself
+                "/" + name.replace(".", "/"): nn.Parameter(value.detach(), requires_grad=not name.startswith(FIXED))
                 for name, value in params.items()
             }
         )
 
     @property
     def params(self) -> Params:
-        return {name.replace("/", "."): value for name, value in self.stacked.items()}
+        return {name[1:].replace("/", "."): value for name, value in self.stacked.items()}
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.run(self.params, observations)

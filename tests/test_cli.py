@@ -440,6 +440,8 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--model.family=nope"], ["family", "nope", "relu"]),
         (["--held_out.families=[nope]"], ["family", "nope", "relu"]),
         (["--held_out.families={mine: torch.nn.ReLU}"], ["held_out.families", "mine"]),
+        (["--held_out.families={in-distribution: relu}"], ["held_out.families", "in-distribution", "another row"]),
+        (["--ckpt_path=best"], ["ckpt_path='best'", "no such file"]),
         (
             ["--held_out.families=[relu, test_cli.no_bias]", "--held_out.at_validation=0", "--model.step_rule=newton"],
             ["held_out.families", "test_cli.no_bias", "cannot be taught by newton", "2.bias"],

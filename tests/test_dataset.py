@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
@@ -417,6 +418,18 @@ def test_numbers_without_a_value_are_saved_as_none(tmp_path):
     loaded = load(path)
     assert loaded.metadata["returns"]["mlp"]["greedy"]["ci95"] is None
     assert "return 1.0 (mlp" in repr(loaded)
+
+
+def test_a_range_without_an_end_comes_back(tmp_path):
+    kwargs = {"healthy_z_range": [0.5, math.inf], "terminate_when_unhealthy": False}
+    dataset = make_dataset(metadata={"env_kwargs": kwargs})
+    assert load(dataset.save(tmp_path / "d.safetensors")).env_kwargs == kwargs
+
+
+@pytest.mark.parametrize("key", ["env_steps", "seed"])
+def test_what_is_saved_can_be_read(key):
+    with pytest.raises(DatasetError, match=rf"{key}=1000000\.0: expected an integer"):
+        make_dataset().with_metadata(**{key: 1e6})
 
 
 def test_a_field_cannot_be_contradicted_by_metadata():

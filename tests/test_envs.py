@@ -1,4 +1,5 @@
 import importlib.util
+import math
 import sys
 
 import gymnasium
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
 
+from lightning_distill import CollectorDataModule
 from lightning_distill.envs import ConfigError, env_spec, make_env, stream_seed
 from lightning_distill.envs.vector import GymnasiumSimulator
 
@@ -301,6 +303,14 @@ def test_why_an_own_module_cannot_be_imported_is_said(source, message, tmp_path,
         env_spec("my_own.MyEnv")
 
 
+ACTION_SPACES = {
+    "two": gymnasium.spaces.MultiDiscrete([2, 3]),
+    "integers": gymnasium.spaces.Box(-3, 3, (2,), np.int64),
+    # −0.1 is rounded down where it is taken for a float32.
+    "double": gymnasium.spaces.Box(-0.1, 0.1, (2,), np.float64),
+}
+
+
 class Strange(gymnasium.Env):
     """An environment that is not as Gymnasium has it, in one of several ways."""
 
@@ -308,8 +318,8 @@ class Strange(gymnasium.Env):
 
     def __init__(self, way: str = "") -> None:
         self.way = way
-        if way == "two":
-            self.action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+        if way in ACTION_SPACES:
+            self.action_space = ACTION_SPACES[way]
 
     def reset(self, *, seed=None, options=None):
         shape = {"smaller": (1,), "larger": (5,)}.get(self.way, (3,))
@@ -319,6 +329,7 @@ class Strange(gymnasium.Env):
     def step(self, action):
         if self.way == "breaks":
             raise KeyError("wheels")
+        assert self.action_space.contains(action)
         results = np.zeros(3, np.float32), 1.0, False, False, {}
         return results[:4] if self.way == "old step" else results
 
@@ -353,6 +364,24 @@ def test_torchrl_environments_that_cannot_be_made_or_learned_from_are_named():
         env_spec("torchrl.envs.PendulumEnv", {"lenth": 5})
     with pytest.raises(ConfigError, match="action spec MultiCategorical"):
         env_spec("torchrl.envs.GymEnv", {"env_name": "Strange-v0", "way": "two", "categorical_action_encoding": True})
+
+
+@pytest.mark.usefixtures("strange")
+def test_actions_are_numbers_of_their_space():
+    with pytest.raises(ConfigError, match=r"Strange-v0.* has the action space Box.*int64.*allowed: .* floating-point"):
+        env_spec("Strange-v0", {"way": "integers"})
+    env = make_env(env_spec("Strange-v0", {"way": "double"}), 2, seed=0, backend="gymnasium")
+    for bound in (-5.0, 5.0):
+        step, _ = env.step_and_maybe_reset(env.reset().set("action", torch.full((2, 2), bound)))
+        assert (step["next", "reward"] == 1).all()
+
+
+def test_arguments_that_a_file_cannot_hold_are_named():
+    CollectorDataModule("Hopper-v5", {"healthy_z_range": (0.5, math.inf)})
+    with pytest.raises(
+        ConfigError, match=r"data\.env_kwargs: healthy_reward=.*1.* \(float32\); allowed are names with plain"
+    ):
+        CollectorDataModule("Hopper-v5", {"healthy_reward": np.float32(1)})
 
 
 def test_backend_that_cannot_make_an_environment_says_so():

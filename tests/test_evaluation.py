@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import gymnasium
@@ -11,6 +12,7 @@ import torch
 from handmade import make_dataset
 
 from lightning_distill import MLP, ConfigError, DistilledDataset, Variation, evaluate, evaluate_all
+from lightning_distill.callbacks.held_out import HeldOutLearners
 from lightning_distill.envs import env_spec, stream_seed
 from lightning_distill.envs.vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator
 from lightning_distill.evaluation import (
@@ -350,6 +352,26 @@ def test_the_trained_family_is_built_from_words_alone():
     ):
         with pytest.raises(ConfigError, match="the dataset's own cannot be built"):
             trained_family(make_dataset(metadata={"learners": words}))
+
+
+def test_where_the_own_family_cannot_be_built_another_takes_its_place():
+    dataset = signs_dataset(metadata={"learners": [{"class_path": "mine.Net", "init_args": {}}]})
+    table = evaluate_all(dataset, {"paper": "paper"}, controls=False, step_rules=["line_search"], learners=3)
+    assert set(table) == {"paper, line_search step"}
+
+
+@pytest.mark.parametrize("name", ["control: untaught", "control: shuffled targets"])
+def test_a_family_has_a_name_of_its_own(name):
+    with pytest.raises(ConfigError, match=f"{name}: the name of a control"):
+        evaluate_all(signs_dataset(), {name: "paper"}, controls=True, learners=3)
+    for row in (name, "in-distribution", "trained policy"):
+        with pytest.raises(ConfigError, match=rf"held_out\.families: '{row}' is the name of another row"):
+            HeldOutLearners({row: "relu"})
+
+
+def test_variations_of_an_environment_that_a_module_registers():
+    dataset = dataclasses.replace(make_dataset("CartPole-v1"), env="gymnasium.envs:CartPole-v1")
+    assert evaluate(dataset, variation=Variation(sticky_actions=0.1), learners=2).mean > 1
 
 
 def test_another_environment_is_made_without_the_arguments_of_the_own():

@@ -24,6 +24,7 @@ from lightning_distill.callbacks import ExportDataset
 from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
 from lightning_distill.cli import main
 from lightning_distill.data import Rollouts
+from lightning_distill.loggers import RunFolder
 from lightning_distill.ppo import clipped_step
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -174,8 +175,16 @@ def test_best_checkpoint_is_looked_for_beside_the_one_that_is_loaded(here, monke
     assert (goes_on / "best.ckpt").read_bytes() == best.read_bytes()
 
 
+def test_runs_that_begin_at_once_have_a_folder_each(tmp_path):
+    loggers = [RunFolder(tmp_path, name="CartPole-v1") for _ in range(3)]
+    assert [Path(logger.log_dir).name for logger in loggers] == ["version_0", "version_1", "version_2"]
+    assert loggers[0].version == 0, "and keep it"
+
+
 def test_several_best_checkpoints_need_several_names():
-    with pytest.raises(ConfigError, match=r"checkpoint\.save_top_k=3 with checkpoint\.filename='best': allowed are 0 and 1"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.save_top_k=3 with checkpoint\.filename='best': allowed are 0 and 1"
+    ):
         RunCheckpoint(monitor="val/return", filename="best", save_top_k=3)
     RunCheckpoint(monitor="val/return", filename="{env_steps:.0f}", save_top_k=3)
 

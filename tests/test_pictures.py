@@ -15,7 +15,7 @@ from lightning_distill import ConfigError, DistilledDataset, load
 from lightning_distill.envs import _gymnasium_env
 from lightning_distill.envs.cartpole import GymnasiumCartPole
 from lightning_distill.envs.rendering import _pose_reader, draw_cart_poles, make_rendered, render_poses
-from lightning_distill.pictures import draw_pairs
+from lightning_distill.pictures import draw_pairs, stacked_frames
 
 POLE, ARROW, VELOCITY = (201, 138, 75), (32, 96, 192), (208, 48, 80)
 
@@ -160,6 +160,15 @@ def test_frames_are_drawn_with_the_distribution_of_actions(tmp_path):
     # The first pair's bar is at the second action, the second pair's at the first.
     first, second = (columns[(rows > low) & (rows < low + 60)] for low in (rows.min(), rows.min() + 187))
     assert np.median(first) > np.median(second)
+
+
+def test_a_picture_with_its_colours_last_is_drawn_as_numbers(tmp_path):
+    moments = torch.zeros(24, 24, 3)
+    pairs = make_dataset(
+        "CartPole-v1", observations=torch.randn(8, 24, 24, 3), observation_mean=moments, observation_std=moments + 1
+    )
+    assert not stacked_frames(pairs)
+    assert size_of(draw_pairs(pairs, tmp_path / "pairs.png"))[0] == 1440
 
 
 def test_where_nothing_can_be_drawn_the_numbers_are(tmp_path, monkeypatch, caplog):

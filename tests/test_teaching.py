@@ -230,8 +230,20 @@ class Tied(nn.Module):
         return self.outputs(torch.tanh(self.again(hidden)))
 
 
+class Keys(nn.Module):
+    """A parameter whose name is that of a dictionary's method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.keys = nn.Linear(17, 32), nn.Parameter(torch.randn(6, 32) / 6)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return torch.tanh(self.hidden(observations)) @ self.keys.mT
+
+
 MODULES = {
     "linear": lambda: nn.Linear(17, 6),
+    "keys": Keys,
     "residual_layer_norm": Residual,
     "attention": Attention,
     "tied": Tied,

@@ -7,7 +7,8 @@ import math
 import lightning as L
 from jsonargparse.typing import NonNegativeInt
 
-from ..evaluation import IN_DISTRIBUTION, check_taught, reported_rules, row_name
+from ..envs import ConfigError
+from ..evaluation import IN_DISTRIBUTION, ROWS, check_taught, reported_rules, row_name
 from ..families import HELD_OUT, as_family, families_apart
 from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
@@ -34,6 +35,11 @@ class HeldOutLearners(L.Callback):
     ) -> None:
         families = list(HELD_OUT) if families is None else families
         named = families if isinstance(families, dict) else {name: name for name in families}
+        for name in named:
+            if name in ROWS:
+                raise ConfigError(
+                    f"held_out.families: {name!r} is the name of another row of the tables; allowed is any other name"
+                )
         self.families = {name: as_family(family) for name, family in named.items()}
         self.at_validation = at_validation
 

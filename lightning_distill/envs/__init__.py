@@ -165,6 +165,7 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
 
     if rom_of(env) is not None:
         return atari_spec(env, kwargs)
+    import numpy as np
     from gymnasium.spaces import Box, Discrete
 
     made = _gymnasium_env(env, kwargs)
@@ -181,11 +182,11 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
         made.close()
     if isinstance(action, Discrete) and action.start == 0:
         return EnvSpec(env, observation.shape, "discrete", int(action.n), **rest)
-    if isinstance(action, Box) and len(action.shape) == 1:
+    if isinstance(action, Box) and len(action.shape) == 1 and np.issubdtype(action.dtype, np.floating):
         bounds = action.low.tolist(), action.high.tolist()
         return EnvSpec(env, observation.shape, "continuous", action.shape[0], *bounds, **rest)
     raise ConfigError(
-        f"data.env={env!r} has the action space {action}; allowed: Discrete starting at 0, or Box with one dimension"
+        f"data.env={env!r} has the action space {action}; allowed: Discrete starting at 0, or Box of floating-point numbers with one dimension"
     )
 
 

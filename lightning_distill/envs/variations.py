@@ -92,7 +92,7 @@ def make_varied_env(spec: EnvSpec, num_envs: int, seed: int, variation: Variatio
     from .vector import GymnasiumSimulator, VectorEnv
 
     try:
-        gymnasium.spec(spec.id)
+        gymnasium.spec(spec.id.rpartition(":")[2])  # without the module that registers it
     except gymnasium.error.Error as error:
         raise ConfigError(f"variation {variation}: env={spec.id!r} is no Gymnasium environment ({error})") from None
 

@@ -75,6 +75,7 @@ class GymnasiumSimulator:
     def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
         observation, reward = self._empty_observation(), np.zeros(len(self.envs))
         terminated, truncated = np.zeros((2, len(self.envs)), dtype=bool)
+        action = _within(action, self.envs[0].action_space)
         for i in self._chosen(mask):
             observation[i], reward[i], terminated[i], truncated[i], _ = self.envs[i].step(action[i])
         return observation, reward, terminated, truncated
@@ -82,6 +83,13 @@ class GymnasiumSimulator:
     def close(self) -> None:
         for env in self.envs:
             env.close()
+
+
+def _within(action: np.ndarray, space: Any) -> np.ndarray:
+    """Actions in the precision of their space: a bound that is rounded to another lies outside as often as not."""
+    if action.dtype == space.dtype or not np.issubdtype(action.dtype, np.floating):
+        return action
+    return action.astype(space.dtype).clip(space.low, space.high)
 
 
 class ProcessSimulator:
@@ -103,6 +111,7 @@ class ProcessSimulator:
 
     def step(self, action: np.ndarray, mask: np.ndarray | None = None) -> Results:
         with _lost_ones_named():
+            action = _within(action, self.envs.single_action_space)
             observation, reward, terminated, truncated = self.envs.step(action)[:4]
         # All processes step or none, so those not in the mask play on, unseen.
         if mask is not None and (unseen := (terminated | truncated) & ~mask).any():
