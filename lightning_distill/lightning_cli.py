@@ -28,6 +28,7 @@ from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_c
 from .configs import check_seed, with_shipped_config
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
+from .loggers import MAKE_FOLDERS, gives_folders
 from .meta_ppo import MetaPPO
 from .ppo import PPO, check_env
 
@@ -37,8 +38,6 @@ NOT_OF_THE_TRAINER = {
     "gradient_clip_algorithm": "model.max_grad_norm clips gradients, by their norm",
     "accumulate_grad_batches": "model.minibatches says how many samples a gradient is of",
 }
-#: Loggers that give every run a folder, if they are the first.
-MAKE_FOLDERS = ("RunFolder", "CSVLogger", "TensorBoardLogger")
 #: Names under which schedulers take the number of iterations.
 ITERATIONS = ("iterations", "T_max", "total_iters", "total_steps")
 
@@ -156,7 +155,7 @@ class DistillCLI(LightningCLI):
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
         holds_one = os.path.exists(os.path.join(root, "config.yaml"))
-        if not _gives_folders(trainer.get("logger")) and not trainer.get("fast_dev_run") and holds_one:
+        if not gives_folders(trainer.get("logger")) and not trainer.get("fast_dev_run") and holds_one:
             raise ConfigError(
                 f"trainer.default_root_dir={root!r}: has a config.yaml already, and without a logger that makes them runs have no folders of "
                 "their own; allowed is a folder without one (--ckpt_path=FILE goes on from a run in another), or a first logger of "
@@ -246,15 +245,6 @@ def _logged_in_to_wandb() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _gives_folders(logger: Any) -> bool:
-    """Whether these loggers, as a config has them, give every run a folder of its own."""
-    if isinstance(logger, list):
-        logger = next(iter(logger), False)
-    if logger in (None, True, False):
-        return logger is not False
-    return logger.class_path.rpartition(".")[2] in MAKE_FOLDERS
 
 
 def run(args: list[str] | None = None) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+#: Loggers that give every run a folder of its own, if they are the first.
+MAKE_FOLDERS = ("RunFolder", "CSVLogger", "TensorBoardLogger")
 
 
 class RunFolder(CSVLogger):
@@ -24,3 +28,12 @@ class RunFolder(CSVLogger):
             except FileExistsError:
                 continue
             return version
+
+
+def gives_folders(logger: Any) -> bool:
+    """Whether ``trainer.logger``, as a config has it, gives every run a folder of its own."""
+    if isinstance(logger, list):
+        logger = next(iter(logger), False)
+    if logger is None or isinstance(logger, bool):
+        return logger is not False
+    return logger["class_path"].rpartition(".")[2] in MAKE_FOLDERS

@@ -22,6 +22,7 @@ from .configs import check_seed
 from .dataset import load, write_atomically
 from .envs import ConfigError, env_spec
 from .families import as_family
+from .loggers import gives_folders
 
 #: What a run writes that others can begin with or imitate.
 WRITTEN = ("distilled.safetensors", "last.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
@@ -83,9 +84,11 @@ def _read(path: str) -> dict[str, list[str]]:
         raise ConfigError(f"pipeline={path!r}: not YAML ({' '.join(str(error).split())})") from None
     if isinstance(stages, dict):
         stages = {name: [lines] if isinstance(lines, str) else lines for name, lines in stages.items()}
-    if not isinstance(stages, dict) or not all(map(_are_lines, stages.values())):
+    named = isinstance(stages, dict) and all(isinstance(name, str) and name.isidentifier() for name in stages)
+    if not named or not all(map(_are_lines, stages.values())):
         raise ConfigError(
-            f"pipeline={path!r}: allowed are lines NAME: OPTIONS of lightning fit, or NAME: [OPTIONS, OPTIONS, ...]"
+            f"pipeline={path!r}: allowed are lines NAME: OPTIONS of lightning fit, or NAME: [OPTIONS, OPTIONS, ...], names of letters, "
+            "digits and _"
         )
     known: list[str] = []
     for name, commands in stages.items():
@@ -194,13 +197,18 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
     trainer = yaml.safe_load(config)["trainer"]
     _check_checkpoints(trainer)
     if record.is_file():
-        last = json.loads(record.read_text())
-        if last.get("config") == config and Path(last["folder"]).is_dir():
-            return Path(last["folder"])
+        try:
+            last = json.loads(record.read_text())
+            if last["config"] == config and Path(last["folder"]).is_dir():
+                return Path(last["folder"])
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{str(record)!r}: damaged; without it the run goes on from its last checkpoint"
+            ) from None
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
-    # Without loggers, which number runs, each start has a folder of its own.
+    # Without a logger that numbers runs each start has a folder of its own.
     starts = len(list(root.glob("start_*")))
-    place = root / f"start_{starts}" if trainer.get("logger") is False else root
+    place = root / f"start_{starts}" if not gives_folders(trainer.get("logger")) else root
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments, f"--trainer.default_root_dir={place}"]
     if not (begun.is_file() and begun.read_text() == config):
         write_atomically(begun, config.encode())

@@ -332,10 +332,13 @@ def test_other_options_than_the_checkpoints_are_refused(option, message, finishe
     assert "--model.start=FILE" in found
 
 
-def test_without_loggers_one_run_does_not_take_the_place_of_another(capsys, monkeypatch, here):
+@pytest.mark.parametrize("logger", ["false", "WandbLogger"])
+def test_without_folders_one_run_does_not_take_the_place_of_another(logger, capsys, monkeypatch, here):
     Path("config.yaml").touch()
-    options = ["--config", CONF / "cartpole_1d.yaml", "--trainer.logger=false", "--trainer.default_root_dir=."]
-    assert "trainer.default_root_dir" in refused(capsys, monkeypatch, "fit", *options)
+    options = ["--config", CONF / "cartpole_1d.yaml", f"--trainer.logger={logger}", "--trainer.default_root_dir=."]
+    found = refused(capsys, monkeypatch, "fit", *options)
+    assert "trainer.default_root_dir='.': has a config.yaml already" in found
+    assert not Path("wandb").exists()
 
 
 def test_direct_ppo_is_trained_validated_and_tested_by_the_same_commands(here, monkeypatch, capsys):

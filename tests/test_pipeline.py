@@ -84,6 +84,8 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
     [
         ("[1, 2]", "allowed are lines NAME: OPTIONS"),
         ("a: {b: c}", "allowed are lines NAME: OPTIONS"),
+        ("1: --data.env=CartPole-v1", "names of letters, digits and _"),
+        ("a-b: --data.env=CartPole-v1", "names of letters, digits and _"),
         ("a: [", "not YAML"),
         (
             "a: --model.start=${b}/x\nb: --data.env=CartPole-v1",
