@@ -201,7 +201,7 @@ def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
         Imitation(env_spec("CartPole-v1"), expert=str(path))
     with pytest.raises(ConfigError, match=r"model\.expert=.*no such file"):
         Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "none.ckpt"))
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match="holds no policy"):
         Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "other.ckpt"))
 

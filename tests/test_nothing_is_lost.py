@@ -221,6 +221,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
             ConfigError, match=rf"ckpt_path='.*{path.name}': not a checkpoint that can be read safely \({why}"
         ):
             AtomicCheckpointIO().load_checkpoint(path)
+    for content in ([1], {"weight": torch.ones(2)}):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(ConfigError, match=r"ckpt_path=.*other\.ckpt': a file of torch, but no checkpoint of a run"):
+            AtomicCheckpointIO().load_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_the_last_checkpoint_is_listed_though_the_first_was_the_best(here, capsys):

@@ -235,10 +235,10 @@ class Keys(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden, self.keys = nn.Linear(17, 32), nn.Parameter(torch.randn(6, 32) / 6)
+        self.keys, self.outputs = nn.Parameter(torch.randn(32, 17) / 4), nn.Linear(32, 6)
 
     def forward(self, observations: Tensor) -> Tensor:
-        return torch.tanh(self.hidden(observations)) @ self.keys.mT
+        return self.outputs(torch.tanh(observations @ self.keys.mT))
 
 
 MODULES = {
