@@ -67,14 +67,13 @@ def of_others(name: str, dataset: DistilledDataset) -> tuple[str, ...]:
     entry = others.found(name, dataset)
     if entry is None:
         return ("",) * 5
-    failed = "" if entry["failed"] is None else str(entry["failed"])
-    judged = entry.get("judged")
-    return (
-        marked.interval(entry),
-        f"{entry['worst']:.1f}",
-        failed,
-        *(("", "") if judged is None else (f"{judged['worst']:.1f}", str(judged["failed"]))),
-    )
+    return marked.interval(entry), *worst_and_failed(entry), *worst_and_failed(entry.get("judged"))
+
+
+def worst_and_failed(entry: dict[str, Any] | None) -> tuple[str, str]:
+    if entry is None:
+        return "", ""
+    return f"{entry['worst']:.1f}", "" if entry["failed"] is None else str(entry["failed"])
 
 
 def with_commands(header: Sequence[str], rows: Sequence[list[Any]]) -> str:

@@ -136,9 +136,7 @@ class RunCheckpoint(ModelCheckpoint):
 
         Not where a checkpoint is tested: what was the last one when it was written no longer is.
         """
-        if not self.fits:
-            return
-        if self.monitor is not None and (carried := self._carried_along(state_dict)):
+        if self.fits and self.monitor is not None and (carried := self._carried_along(state_dict)):
             super().load_state_dict(carried)
 
     def _carried_along(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -83,9 +83,9 @@ class Imitation(MetaPPO):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        data = self.trainer.datamodule
-        rollout = data.num_envs * data.rollout_length
         if self.replay is not None:
+            data = self.trainer.datamodule
+            rollout = data.num_envs * data.rollout_length
             if self.replay < rollout:
                 raise ConfigError(
                     f"model.replay={self.replay}: a rollout has {rollout} states; allowed are at least as many"

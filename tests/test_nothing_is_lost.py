@@ -136,11 +136,8 @@ def test_last_is_the_newest_of_the_same_config(tmp_path):
         )
 
 
-def test_best_so_far_comes_along(here):
-    fit("--data.env_steps=6_400")
-    first, second = (here / "runs" / "CartPole-v1" / f"version_{index}" for index in (0, 1))
-    # Better than whatever comes next: the resumed run must keep both, in its own folder.
-    last = first / "checkpoints" / "last.ckpt"
+def make_unbeatable(last):
+    """As if the best so far were better than whatever comes next."""
     checkpoint = torch.load(last, weights_only=True)
     key = next(key for key in checkpoint["callbacks"] if "'val/return'" in key)
     state = checkpoint["callbacks"][key]
@@ -148,6 +145,13 @@ def test_best_so_far_comes_along(here):
     state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(1e6))
     checkpoint["callbacks"]["ExportDataset"]["best_return"] = 1e6
     torch.save(checkpoint, last)
+
+
+def test_best_so_far_comes_along(here):
+    fit("--data.env_steps=6_400")
+    first, second = (here / "runs" / "CartPole-v1" / f"version_{index}" for index in (0, 1))
+    # The resumed run must keep both, in its own folder.
+    make_unbeatable(first / "checkpoints" / "last.ckpt")
     best, dataset = (first / "checkpoints" / "best.ckpt").read_bytes(), load(first / "distilled.safetensors")
 
     fit("--data.env_steps=12_800", "--ckpt_path=last")
@@ -162,13 +166,7 @@ def test_best_checkpoint_is_looked_for_beside_the_one_that_is_loaded(here, monke
     (here / "elsewhere").mkdir()
     run = (here / "runs" / "CartPole-v1" / "version_0").rename(here / "moved")
     best, last = (run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    checkpoint = torch.load(last, weights_only=True)
-    key = next(key for key in checkpoint["callbacks"] if "'val/return'" in key)
-    checkpoint["callbacks"][key] |= {"best_model_score": torch.tensor(1e6)}
-    checkpoint["callbacks"][key]["best_k_models"] = dict.fromkeys(
-        checkpoint["callbacks"][key]["best_k_models"], torch.tensor(1e6)
-    )
-    torch.save(checkpoint, last)
+    make_unbeatable(last)
     monkeypatch.chdir(here / "elsewhere")
     fit("--data.env_steps=12_800", f"--ckpt_path={last}")
     goes_on = here / "elsewhere" / "runs" / "CartPole-v1" / "version_0" / "checkpoints"
