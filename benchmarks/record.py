@@ -36,17 +36,27 @@ def spent(rows: list[dict[str, str]]) -> tuple[int, float, list]:
 
 def spent_before(folder: Path) -> tuple[int, float]:
     """Environment steps and minutes of the runs whose files a run began with, and of those before them."""
-    arguments = settings(folder)["model"]["init_args"]
-    files = [Path(arguments[key]) for key in ("start", "expert") if arguments.get(key)]
+    config = settings(folder)
+    arguments = config["model"]["init_args"]
+    others, gone_on_with = [], None
+    for key, file in (
+        ("ckpt_path", config.get("ckpt_path")),
+        *((key, arguments.get(key)) for key in ("start", "expert")),
+    ):
+        if not file:
+            continue
+        run = next((parent for parent in Path(file).parents if (parent / "metrics.csv").is_file()), None)
+        if run is None:
+            raise SystemExit(f"{file}: not in the folder of its run: say by --before STEPS MINUTES what it took")
+        others += [each for each in of_the_stage(run) if each not in others]
+        if key == "ckpt_path":
+            gone_on_with = run
     steps, minutes = 0, 0.0
-    for run in {
-        next((parent for parent in file.parents if (parent / "metrics.csv").is_file()), file) for file in files
-    }:
-        if run in files:
-            raise SystemExit(f"{run}: not in the folder of its run: say by --before STEPS MINUTES what it took")
-        for each in of_the_stage(run):
-            for taken in (spent(logged(each))[:2], spent_before(each)):
-                steps, minutes = steps + taken[0], minutes + taken[1]
+    for each in others:
+        # The steps of a run that goes on include those of the one that it goes on from.
+        before = [spent_before(each)] if each == gone_on_with else [spent(logged(each))[:2], spent_before(each)]
+        for taken in before:
+            steps, minutes = steps + taken[0], minutes + taken[1]
     return steps, minutes
 
 

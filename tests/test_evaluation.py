@@ -186,6 +186,8 @@ def test_seeds_fix_everything_and_leave_the_callers_random_state_alone():
     torch.manual_seed(77)
     assert torch.equal(evaluate(dataset, **options).returns, first.returns)
     assert not torch.equal(evaluate(dataset, seed=VALIDATION_SEED, **options).returns, first.returns)
+    with pytest.raises(ConfigError, match="seed=-1"):
+        evaluate(dataset, seed=-1, **options)
 
 
 def test_an_evaluator_repeats_itself():

@@ -45,9 +45,9 @@ def stream_seed(*key: int, evaluation: bool = False) -> int:
     """A seed for the stream named by ``key`` (run seed, rank, …); training and evaluation seeds are disjoint."""
     import numpy as np
 
-    offset = int(
-        np.random.SeedSequence([abs(int(part)) for part in key]).generate_state(1)[0] % (EVALUATION_SEEDS // 2)
-    )
+    if key[0] < 0:
+        raise ConfigError(f"seed={key[0]}: allowed are integers ≥ 0")
+    offset = int(np.random.SeedSequence(key).generate_state(1)[0] % (EVALUATION_SEEDS // 2))
     return offset + EVALUATION_SEEDS * evaluation
 
 
