@@ -159,7 +159,7 @@ class WorkerPolicy(nn.Module):
 
 
 def _on_its_own(module: PPO) -> PPO:
-    """A copy on the CPU, without the trainer and what makes optimisers, none of which can go to another process."""
+    """A copy on the CPU that can go to another process."""
     bare = copy.copy(module)  # Lightning leaves the trainer out
-    bare.optimizer = bare.critic_optimizer = bare.scheduler = None
+    bare.leave_behind()
     return copy.deepcopy(bare).cpu()

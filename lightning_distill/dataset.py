@@ -331,6 +331,10 @@ def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
 
 def as_dataset(dataset: DistilledDataset | str | os.PathLike[str]) -> DistilledDataset:
     """A dataset, given itself or by what :func:`load` is given."""
+    if not isinstance(dataset, DistilledDataset | str | os.PathLike):
+        raise DatasetError(
+            f"dataset: is a {type(dataset).__name__}, expected a DistilledDataset, a name in the zoo or a path"
+        )
     return dataset if isinstance(dataset, DistilledDataset) else load(dataset)
 
 

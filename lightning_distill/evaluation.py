@@ -229,15 +229,18 @@ class Evaluator:
         count = len(state)
         returns = torch.zeros(count, dtype=torch.float64)
         playing = torch.ones(count, dtype=torch.bool)
-        for _ in range(LONGEST_EPISODE):
+        for taken in range(LONGEST_EPISODE):
             if not playing.any():
                 break
+            self._check_finite("an observation", state["observation"], playing, taken)
             observation = state["observation"].to(self.device).unflatten(0, (self.learners, self.episodes))
             state["action"] = policy(observation, sample=not greedy).flatten(0, 1).to(env.device)
             # Only environments that still play are stepped, where the simulator can; what others do does not count.
             state["_step"] = playing.to(env.device, copy=True)
             step, state = env.step_and_maybe_reset(state)
-            returns += step["next", "reward"].squeeze(-1).cpu() * playing
+            reward = step["next", "reward"].squeeze(-1).cpu()
+            self._check_finite("a reward", reward, playing, taken + 1)
+            returns += torch.where(playing, reward, 0)
             playing &= ~step["next", "done"].squeeze(-1).cpu()
         if playing.any():
             logger.warning(
@@ -248,6 +251,13 @@ class Evaluator:
                 LONGEST_EPISODE,
             )
         return returns.view(self.learners, self.episodes).float()
+
+    def _check_finite(self, what: str, values: Tensor, playing: Tensor, taken: int) -> None:
+        """Raise ``ConfigError`` for NaN or infinity in what environments [B] that still play return."""
+        if values.is_floating_point() and not values[playing.to(values.device)].isfinite().all():
+            raise ConfigError(
+                f"env={self.spec.id!r} returned {what} that is NaN or infinite in an evaluation, after {taken} steps of its episode"
+            )
 
 
 def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,7 @@ from . import architectures
 from .envs.spec import ConfigError
 from .learners import MLP, LearnerFamily, ModuleFamily
 from .mixtures import Mixture, MLPs, members
-from .nature import FRAME_FAMILIES, NatureCNN
+from .nature import FRAME_FAMILIES, FRAMES, NatureCNN
 
 #: What most learners of ``mixture`` are drawn from: no width, and no combination, of the held-out names below.
 _VARIED: dict[str, Any] = {
@@ -75,7 +77,20 @@ HELD_OUT = (
 )
 
 
+#: The same for games, whatever the encoder leaves of the network.
+HELD_OUT_OF_FRAMES = ("nature_default_init", "nature_xavier", "nature_tanh", "nature_256", "nature_1024")
+
+#: ``attention`` has a token for each entry of an observation, and so as much memory as the square of their number: no more than these.
+TOKENS = 512
+
 TRAINED_ON = " (trained on)"
+
+
+def held_out_from(observation_shape: Sequence[int]) -> tuple[str, ...]:
+    """Names of the families that are held out by default, of learners of an environment's observations [*obs]."""
+    if tuple(observation_shape) == FRAMES:
+        return HELD_OUT_OF_FRAMES
+    return tuple(name for name in HELD_OUT if name != "attention" or math.prod(observation_shape) <= TOKENS)
 
 
 def family_named(name: str) -> LearnerFamily:
@@ -126,8 +141,16 @@ def as_family(family: LearnerFamily | Callable[..., Any] | str) -> LearnerFamily
 
 def can_draw(family: LearnerFamily, other: LearnerFamily) -> bool:
     """Whether learners of ``other`` may be among those drawn of ``family``: of what is drawn so, nothing is held out."""
-    mine = [member.describe() for member in members(family)]
-    return any(member.describe() in mine for member in members(other))
+    return any(_same(mine, its) for mine in members(family) for its in members(other))
+
+
+def _same(family: LearnerFamily, other: LearnerFamily) -> bool:
+    """Whether two families draw the same learners. Functions and objects are themselves alone: two lambdas have one name."""
+    if isinstance(family, ModuleFamily) and isinstance(other, ModuleFamily):
+        return family.factory == other.factory or (
+            isinstance(family.factory, partial) and family.describe() == other.describe()
+        )
+    return family.describe() == other.describe()
 
 
 def families_apart(families: dict[str, LearnerFamily], trained: LearnerFamily) -> dict[str, LearnerFamily]:

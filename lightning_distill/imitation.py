@@ -81,6 +81,10 @@ class Imitation(MetaPPO):
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         return super().make_actor(log_std, -math.inf)  # noise is the expert's or the start's, however small
 
+    def leave_behind(self) -> None:
+        super().leave_behind()
+        self._seen = None
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.replay is not None:

@@ -25,6 +25,8 @@ from torch.nn.parameter import is_lazy
 Params = dict[str, Tensor]
 Forward = Callable[[Params, Tensor], Tensor]
 
+#: Observations, over all learners, that modules are run on at once.
+MAPPED = 512
 #: Marks, in the names of ``Params``, a buffer or a frozen parameter.
 FIXED = "fixed:"
 #: Ends, in the names of ``Params``, the name of a group: learners of one architecture beside those of others.
@@ -363,8 +365,10 @@ class StackedModules(Learners):
             if len(observations) == 1:
                 outputs = function({name: value[0] for name, value in params.items()}, observations[0])
                 return outputs.unsqueeze(0) if isinstance(outputs, Tensor) else outputs
+            # In portions: what a module like attention holds of all learners and all pairs at once may be more than there is memory.
+            together = max(1, MAPPED // observations.shape[1])
             try:
-                return torch.func.vmap(function, randomness="different")(params, observations)
+                return torch.func.vmap(function, randomness="different", chunk_size=together)(params, observations)
             except RuntimeError as error:
                 if "Batching rule not implemented" not in str(error):
                     raise
@@ -425,7 +429,9 @@ def _call(module: nn.Module, params: Params, observations: Tensor) -> Tensor:
 def _inputs(module: nn.Module, layer: str, params: Params, observations: Tensor) -> Tensor:
     """What the layer of that name is given."""
     seen: list[Tensor] = []
-    handle = module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    handle = module.get_submodule(layer).register_forward_pre_hook(
+        lambda _, inputs, named: seen.append(inputs[0] if inputs else named["input"]), with_kwargs=True
+    )
     try:
         _call(module, params, observations)
     finally:

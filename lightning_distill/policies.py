@@ -65,7 +65,8 @@ class ActionNoise(nn.Module):
             self.log_std_min = log_std_min
             self.relative = nn.Parameter(torch.full((spec.actions,), max(log_std, log_std_min)))
             half_range = (torch.tensor(spec.action_high) - torch.tensor(spec.action_low)) / 2
-            half_range = torch.where(half_range.isfinite(), half_range, torch.ones_like(half_range))
+            # Of a dimension without an end, or with one value alone, 1.
+            half_range = torch.where(half_range.isfinite() & (half_range > 0), half_range, torch.ones_like(half_range))
             self.register_buffer("log_half_range", half_range.log(), persistent=False)
             self.register_buffer("log_share", torch.zeros(()))
 

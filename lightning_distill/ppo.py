@@ -28,6 +28,7 @@ from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
 from .learners import FIXED, LearnerFamily, Params, UnfitLearner
+from .mixtures import members
 from .moments import FrameScale, RunningMoments
 from .nature import LEVELS, make_encoder, scaled
 from .objectives import (
@@ -183,6 +184,10 @@ class PPO(L.LightningModule):
             except ValueError as error:
                 raise ConfigError(f"model.start={start!r}: {error}") from None
 
+    def leave_behind(self) -> None:
+        """Let go of what a copy that acts in another process cannot take along: what makes optimisers."""
+        self.optimizer = self.critic_optimizer = self.scheduler = None
+
     # --- acting -------------------------------------------------------------------------------------------------
 
     def encode(self, observations: Tensor, normaliser: Normaliser | None = None) -> Tensor:
@@ -328,7 +333,7 @@ class PPO(L.LightningModule):
                         kl = self._mean_over_processes(approximate_kl(log_ratio))
                         found["policy/kl"] = kl
                         found["policy/clip_fraction"] = (log_ratio.exp() - 1).abs().gt(self.clip).float().mean()
-                    stopped = bool(kl > self.target_kl)
+                    stopped = self.target_kl < math.inf and bool(kl > self.target_kl)
                 if stopped:
                     policy_loss = no_loss(actor_params)
                 else:
@@ -597,6 +602,8 @@ class PPO(L.LightningModule):
         return dataset
 
     def _begin_actor_as(self, dataset: DistilledDataset) -> None:
+        if len(members(self.family)) > 1:  # the learner that is taught would be of another than the policy
+            raise ConfigError("begins one policy; allowed is a model.family of one architecture")
         taught = teach_many(self.family, dataset, 1).module.params
         for name, weight in self.actor.params().items():
             weight.copy_(taught[name])

@@ -72,7 +72,7 @@ def evaluate(
     """
     from .envs.variations import Variation
     from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, own_family
-    from .families import HELD_OUT, families_apart
+    from .families import families_apart, held_out_from
     from .tables import returns_table, shares
 
     pairs = load(dataset)
@@ -80,7 +80,9 @@ def evaluate(
     variation = Variation(gravity=gravity, mass=mass, friction=friction, sticky_actions=sticky_actions)
     families = {name: _family(name, pairs) for name in family or [IN_DISTRIBUTION]}
     if held_out:
-        strangers = {name: _family(name, pairs) for name in HELD_OUT if name not in families}
+        strangers = {
+            name: _family(name, pairs) for name in held_out_from(pairs.observation_shape) if name not in families
+        }
         families |= families_apart(strangers, own_family(pairs, families))
     evaluations = evaluate_all(
         pairs,

@@ -33,6 +33,8 @@ from .step_rules import STEP_RULES, StepRule, best_steps
 
 #: Pairs on which modules are compared before they are stacked.
 CHECKED = 8
+#: Of parameters: what linear algebra and small differences need more than.
+HALF = (torch.float16, torch.bfloat16)
 LOG_STD_NAMES = ("log_std", "logstd")
 
 
@@ -155,14 +157,19 @@ class StackedLearners(nn.Module):
         self.run = forward
         self.stacked = nn.ParameterDict(
             {  # a name in a module cannot hold a dot, or be one that the module has for itself
-                "/" + name.replace(".", "/"): nn.Parameter(value.detach(), requires_grad=not name.startswith(FIXED))
+                "/" + name.replace("~", "~0").replace("/", "~1").replace(".", "/"): nn.Parameter(
+                    value.detach(), requires_grad=not name.startswith(FIXED)
+                )
                 for name, value in params.items()
             }
         )
 
     @property
     def params(self) -> Params:
-        return {name[1:].replace("/", "."): value for name, value in self.stacked.items()}
+        return {
+            name[1:].replace("/", ".").replace("~1", "/").replace("~0", "~"): value
+            for name, value in self.stacked.items()
+        }
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.run(self.params, observations)
@@ -349,12 +356,17 @@ def chosen_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, 
 def _step(
     rule: StepRule, numbers: list[Tensor], learners: Learners, params: Params, dataset: DistilledDataset
 ) -> Params:
-    """Parameters of the taught learners; torch's random state is left as it was."""
-    like = _like(params)
+    """Parameters of the taught learners, in their precision; torch's random state is left as it was.
+
+    The step itself is taken in single precision at least: rounded to half, what one number of a sum adds is lost.
+    """
+    wide = {name: value.float() if value.dtype in HALF else value for name, value in params.items()}
+    like = _like(wide)
     # Copies: of a tensor made in inference mode nothing can be differentiated.
     given = [tensor.to(like, copy=True) for tensor in (dataset.learner_inputs(), dataset.targets, *numbers)]
     with _accepting(dataset), keep_random_state(like.device):
-        return rule(learners, params, *given)
+        taught = rule(learners, wide, *given)
+    return {name: value.to(params[name].dtype) for name, value in taught.items()}
 
 
 def _like(params: Params) -> Tensor:

@@ -14,6 +14,7 @@ from torchrl.collectors import Collector
 from lightning_distill import CollectorDataModule, ConfigError, MetaPPO
 from lightning_distill.collector import VectorCollector, make_collector
 from lightning_distill.envs import env_spec, make_env
+from lightning_distill.imitation import Imitation
 
 ENVS, STEPS, ACTIONS = 6, 40, 3
 
@@ -79,6 +80,13 @@ def of_two_workers(*callbacks):
     optimizer = partial(lambda _, parameters: torch.optim.Adam(parameters, lr=2.5e-3), (step for step in ()))
     options = {"pairs": 3, "learners": 4, "epochs": 2, "minibatches": 2, "optimizer": optimizer}
     return small_run("CartPole-v1", Ratios, callbacks, data={"collectors": 2}, **options)
+
+
+def test_workers_do_not_take_what_an_imitation_keeps():
+    options = {"pairs": 3, "learners": 4, "expert": "cartpole_1d_plain", "replay": 16 * 1000 + 320}
+    module = small_run("CartPole-v1", Imitation, data={"collectors": 2, "env_steps": 16 * 1000 + 320}, **options)
+    assert module.iteration == 1
+    assert len(module._seen) == 16 * 1000 + 320
 
 
 def test_workers_collect_together_what_the_present_policies_do():

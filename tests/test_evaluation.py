@@ -305,6 +305,22 @@ def test_what_ends_no_episode_is_cut_and_said(monkeypatch, caplog):
     assert "env='Signs-v0': 3 of 3 episodes had not ended after 7 steps" in caplog.text
 
 
+@pytest.mark.parametrize("what", ["an observation", "a reward"])
+def test_numbers_that_are_none_end_an_evaluation(what, monkeypatch):
+    """With what gave them: a return of NaN would be written nowhere, and would be the best for ever."""
+    step = Signs.step
+
+    def broken(self, action):
+        observation, reward, *rest = step(self, action)
+        if self.steps == 2 and self.length > 2:
+            observation, reward = (observation * np.nan, reward) if what == "an observation" else (observation, np.inf)
+        return observation, reward, *rest
+
+    monkeypatch.setattr(Signs, "step", broken)
+    with pytest.raises(ConfigError, match=rf"env='Signs-v0' returned {what} that is NaN or infinite .* after 2 steps"):
+        evaluate(signs_dataset(), learners=20)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

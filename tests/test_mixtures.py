@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from handmade import make_dataset
-from test_teaching import MODULES
+from test_teaching import MODULES, RandomFeatures
+from torch import nn
 
 from lightning_distill import MLP, Mixture, MLPs, ModuleFamily, teach_many
 from lightning_distill.envs import ConfigError
@@ -16,9 +19,11 @@ from lightning_distill.families import (
     families_apart,
     family_from,
     family_named,
+    held_out_from,
 )
 from lightning_distill.learners import count_learners
 from lightning_distill.mixtures import members
+from lightning_distill.nature import FRAME_FAMILIES
 from lightning_distill.step_rules import STEP_RULES
 
 
@@ -138,6 +143,23 @@ def test_held_out_families_are_not_trained_on_and_cover_what_they_should():
     assert covered["init"] == {"orthogonal", "xavier", "kaiming", "default"}
     assert "layer" in covered["norm"]
     assert {"residual", "attention"} <= set(HELD_OUT)
+
+
+def test_what_is_held_out_by_default_fits_the_observations():
+    assert held_out_from((17,)) == held_out_from((512,)) == HELD_OUT
+    assert held_out_from((513,)) == tuple(name for name in HELD_OUT if name != "attention")
+    assert "nature_xavier" in held_out_from((4, 84, 84))
+    assert all(name in FRAME_FAMILIES for name in held_out_from((4, 84, 84)))
+
+
+def test_functions_of_one_name_are_families_of_their_own():
+    def of_width(width):
+        return ModuleFamily(lambda shape, outputs: nn.Sequential(nn.Linear(shape[0], width), nn.Linear(width, outputs)))
+
+    narrow, wide = of_width(8), of_width(16)
+    assert list(families_apart({"wide": wide, "same": narrow}, narrow)) == ["wide", "same (trained on)"]
+    partials = [ModuleFamily(partial(RandomFeatures, width=width)) for width in (8, 8, 16)]
+    assert list(families_apart(dict(zip("ab", partials[1:], strict=True)), partials[0])) == ["a (trained on)", "b"]
 
 
 def test_families_that_are_trained_on_are_told_apart():

@@ -8,8 +8,9 @@ import torch
 from test_meta_ppo import small_run, trainer
 
 from lightning_distill import CollectorDataModule, load
-from lightning_distill.envs import ConfigError, env_spec
+from lightning_distill.envs import ConfigError, EnvSpec, env_spec
 from lightning_distill.evaluation import Evaluator
+from lightning_distill.policies import ActionNoise
 from lightning_distill.ppo import PPO
 
 
@@ -185,6 +186,18 @@ def test_a_taught_start_keeps_its_normaliser_and_its_weights_are_trained():
     torch.testing.assert_close(module.observation_moments.mean.float(), begun.observation_mean)
     torch.testing.assert_close(module.observation_moments.std.float(), begun.observation_std)
     assert not torch.equal(module.policy_params()["2.weight"], fresh.policy_params()["2.weight"])
+
+
+def test_an_action_that_has_one_value_alone_has_noise_of_a_size():
+    spec = EnvSpec("Mine-v0", (3,), "continuous", 2, (-4.0, 0.0), (4.0, 0.0))
+    torch.testing.assert_close(ActionNoise(spec, log_std=0.0, log_std_min=-3.0).log_std.exp(), torch.tensor([4.0, 1.0]))
+
+
+def test_a_start_needs_a_family_of_one_architecture():
+    with pytest.raises(
+        ConfigError, match=r"model.start='cartpole_1d': .* allowed is a model.family of one architecture"
+    ):
+        PPO(env_spec("CartPole-v1"), family="mixture", start="cartpole_1d")
 
 
 def test_a_start_for_another_environment_is_named():

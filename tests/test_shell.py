@@ -12,8 +12,9 @@ import torch
 from handmade import make_dataset
 from PIL import Image
 
-from lightning_distill import MLP, dataset, evaluate, watching
+from lightning_distill import MLP, ConfigError, dataset, evaluate, watching
 from lightning_distill.cli import main
+from lightning_distill.envs.rendering import make_rendered
 from lightning_distill.evaluation import Evaluation, as_returns
 from lightning_distill.families import FAMILIES, HELD_OUT, family_named
 from lightning_distill.shell import COMMANDS
@@ -250,6 +251,11 @@ def test_watch_says_what_to_install_without_opengl(tmp_path, monkeypatch, capsys
 
     line = fails(capsys, "watch", str(made), "-o", str(tmp_path / "video.gif"))
     assert "MUJOCO_GL=osmesa" in line
+
+
+def test_watch_says_that_torchrl_environments_cannot_be_drawn():
+    with pytest.raises(ConfigError, match=r"env='torchrl.envs.GymEnv' is a TorchRL environment, which cannot be drawn"):
+        make_rendered("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"})
 
 
 def test_list(path, monkeypatch, capsys, tmp_path):

@@ -382,6 +382,61 @@ def test_modules_of_other_dtypes(dtype):
     torch.testing.assert_close(teach_many([module], dataset)(observation[None])[0], expected, **tolerance)
 
 
+@pytest.mark.parametrize("rule", STEP_RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_of_half_precision_by_every_rule(dtype, rule):
+    """They take the step that they would take in single precision, rounded at the end."""
+    dataset = dataclasses.replace(load("cartpole_1d"), line_search_scale=torch.tensor(1.0))
+    probe = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)).to(dtype)
+        alone, many = teach(module, dataset, rule), teach_many([module], dataset, step_rule=rule)
+        for name, expected in teach(copy.deepcopy(module).float(), dataset, rule).module.named_parameters():
+            for found in (dict(alone.module.named_parameters())[name], many.module.params[name][0]):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-4)
+        assert alone(probe).shape == (32,)
+
+
+class OddlyNamed(nn.Module):
+    """Parameters whose names a ``ParameterDict`` cannot hold as they are, and a last layer that is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("in/put~1", nn.Linear(17, 8))
+        self.last = nn.Linear(8, 6)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.last(input=torch.tanh(getattr(self, "in/put~1")(observations)))
+
+
+def test_any_names_and_a_last_layer_called_by_keyword():
+    torch.manual_seed(0)
+    modules, observations = [OddlyNamed(), OddlyNamed()], torch.randn(2, 17)
+    dataset = make_dataset(newton_ridge=torch.tensor(0.1))
+    for rule in ("sgd", "newton"):
+        many = teach_many(modules, dataset, step_rule=rule)
+        assert set(many.module.params) == set(dict(modules[0].named_parameters()))
+        for module, observation, action in zip(modules, observations, many(observations), strict=True):
+            torch.testing.assert_close(teach(module, dataset, rule)(observation), action)
+
+
+def test_learners_of_any_number_are_run_in_portions(monkeypatch):
+    torch.manual_seed(0)
+    modules, dataset, observations = [nn.Linear(17, 6) for _ in range(5)], make_dataset(), torch.randn(5, 3, 17)
+    expected = teach_many(modules, dataset)(observations)
+    monkeypatch.setattr("lightning_distill.learners.MAPPED", 16)  # of 8 pairs: two learners at once
+    torch.testing.assert_close(teach_many(modules, dataset)(observations), expected)
+
+
+def test_what_is_no_dataset_is_named():
+    with pytest.raises(
+        ValueError, match="dataset: is a NoneType, expected a DistilledDataset, a name in the zoo or a path"
+    ):
+        teach(nn.Linear(17, 6), None)
+
+
 class WithLogStd(nn.Module):
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         super().__init__()

@@ -74,7 +74,7 @@ class ExportDataset(L.Callback):
             self._write(trainer, pl_module, "last.safetensors")
             if self.best_return is None:  # stopped before the first validation: there is no better one
                 self._write(trainer, pl_module, "distilled.safetensors")
-        except OSError as error:
+        except Exception as error:  # whatever it is, checkpoints are still to be written
             logger.warning("no dataset of the moment it stopped: %s. The one before is whole.", error)
 
     def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import lightning as L
 from jsonargparse.typing import NonNegativeInt
 
 from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION, ROWS, check_taught, reported_rules, row_name
-from ..families import HELD_OUT, as_family, families_apart
+from ..families import as_family, families_apart, held_out_from
 from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
 
@@ -23,7 +24,7 @@ class HeldOutLearners(L.Callback):
 
     Args:
         families: names of families, or name → family; any ``nn.Module`` factory by class path, as ``package.Module`` or
-            through ``lightning_distill.ModuleFamily``. Default: ``lightning_distill.families.HELD_OUT``.
+            through ``lightning_distill.ModuleFamily``. Default: those of :func:`lightning_distill.families.held_out_from`.
         at_validation: how many of them, from the front, also play at every validation: all of the default ones would take
             longer than the training between two validations.
     """
@@ -33,17 +34,12 @@ class HeldOutLearners(L.Callback):
         families: list[str] | dict[str, LearnerFamily | str] | None = None,
         at_validation: NonNegativeInt = 3,
     ) -> None:
-        families = list(HELD_OUT) if families is None else families
-        named = families if isinstance(families, dict) else {name: name for name in families}
-        for name in named:
-            if name in ROWS:
-                raise ConfigError(
-                    f"held_out.families: {name!r} is the name of another row of the tables; allowed is any other name"
-                )
-        self.families = {name: as_family(family) for name, family in named.items()}
+        self.families = None if families is None else _named(families)
         self.at_validation = at_validation
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+        if self.families is None:
+            self.families = _named(held_out_from(pl_module.spec.observation_shape))
         self.families = families_apart(self.families, pl_module.family)
         if not self.families:
             return
@@ -76,3 +72,13 @@ class HeldOutLearners(L.Callback):
         pl_module.log(f"{prefix}/{name}/return_ci95", evaluation.ci95, batch_size=1)
         if math.isfinite(share):
             pl_module.log(f"{prefix}/{name}/share", share, batch_size=1)
+
+
+def _named(families: Iterable[str] | dict[str, LearnerFamily | str]) -> dict[str, LearnerFamily]:
+    named = families if isinstance(families, dict) else {name: name for name in families}
+    for name in named:
+        if name in ROWS:
+            raise ConfigError(
+                f"held_out.families: {name!r} is the name of another row of the tables; allowed is any other name"
+            )
+    return {name: as_family(family) for name, family in named.items()}

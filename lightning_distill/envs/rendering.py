@@ -36,11 +36,13 @@ def make_rendered(env: str, kwargs: dict[str, Any] | None = None) -> gymnasium.E
     """
     from gymnasium.wrappers import TimeLimit
 
-    from . import _gymnasium_env
+    from . import _gymnasium_env, _torchrl_class
     from .atari import RenderedAtari, atari_spec, rom_of
     from .cartpole import DIMENSIONS, MAX_STEPS, GymnasiumCartPole
 
     kwargs = dict(kwargs or {})
+    if _torchrl_class(env) is not None:
+        raise ConfigError(f"env={env!r} is a TorchRL environment, which cannot be drawn; allowed are Gymnasium's")
     if env in DIMENSIONS and not kwargs:
         # Gymnasium's own CartPole-v1 is the same environment, but needs pygame to be drawn.
         made = TimeLimit(GymnasiumCartPole(DIMENSIONS[env], render_mode="rgb_array"), MAX_STEPS)
