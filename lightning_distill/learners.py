@@ -24,6 +24,8 @@ from torch.nn.parameter import is_lazy
 
 Params = dict[str, Tensor]
 Forward = Callable[[Params, Tensor], Tensor]
+#: What makes a module of one architecture, called with (observation_shape, outputs).
+Factory = Callable[[Sequence[int], int], nn.Module]
 
 #: Observations, over all learners, that modules are run on at once.
 MAPPED = 512
@@ -241,7 +243,7 @@ class ModuleFamily(LearnerFamily):
             parameters and buffers. By class path in a config.
     """
 
-    def __init__(self, factory: Callable[[Sequence[int], int], nn.Module]) -> None:
+    def __init__(self, factory: Factory) -> None:
         self.factory = factory
         # One for each shape of learner ever drawn: it holds the architecture alone, so old draws stay valid.
         self._stacks: dict[frozenset, StackedModules] = {}
@@ -268,6 +270,8 @@ class ModuleFamily(LearnerFamily):
 def _described(factory: Any) -> str:
     """Its class path; of a partial one the arguments too."""
     if isinstance(factory, partial):
+        if (factory.func.__module__ or "").startswith("jsonargparse"):  # of a config's class_path and init_args
+            factory = partial(factory.args[-1], **factory.keywords)
         arguments = [
             *map(_shown, factory.args),
             *(f"{name}={_shown(value)}" for name, value in factory.keywords.items()),

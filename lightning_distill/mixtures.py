@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .learners import FIXED, GROUP, MLP, LearnerFamily, Learners, Params, count_learners
+from .learners import FIXED, GROUP, MLP, Factory, LearnerFamily, Learners, Params, count_learners
 
 
 class Mixture(LearnerFamily):
@@ -27,14 +27,16 @@ class Mixture(LearnerFamily):
         weights: share of the groups that each family gets on average; default: equal shares.
     """
 
-    def __init__(self, families: list[LearnerFamily | str], each: int = 2, weights: list[float] | None = None) -> None:
+    def __init__(
+        self, families: list[LearnerFamily | Factory | str], each: int = 2, weights: list[float] | None = None
+    ) -> None:
         if not families:
             raise ValueError("Mixture.families=[]: allowed are lists of one family or more")
         if each < 1:
             raise ValueError(f"Mixture.each={each}: allowed are integers ≥ 1")
         if weights is not None and (len(weights) != len(families) or not all(w > 0 for w in weights)):
             raise ValueError(f"Mixture.weights={weights}: allowed are {len(families)} positive numbers, one a family")
-        self.families = [_named(family) if isinstance(family, str) else family for family in families]
+        self.families = [family if isinstance(family, LearnerFamily) else _as_family(family) for family in families]
         self.each, self.weights = each, weights
 
     def draw(self, learners: int, observation_shape: Sequence[int], outputs: int, device: Any = "cpu") -> Params:
@@ -127,10 +129,10 @@ def members(family: LearnerFamily) -> list[LearnerFamily]:
     return [family]
 
 
-def _named(name: str) -> LearnerFamily:
-    from .families import family_named  # which knows mixtures by name
+def _as_family(family: Factory | str) -> LearnerFamily:
+    from .families import as_family  # which knows mixtures by name
 
-    return family_named(name)
+    return as_family(family)
 
 
 def _grouped(index: int, params: Params) -> Params:

@@ -27,7 +27,7 @@ from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
 from .families import as_family
-from .learners import FIXED, LearnerFamily, Params, UnfitLearner
+from .learners import FIXED, Factory, LearnerFamily, Params, UnfitLearner
 from .mixtures import members
 from .moments import FrameScale, RunningMoments
 from .nature import LEVELS, make_encoder, scaled
@@ -88,7 +88,8 @@ class PPO(L.LightningModule):
     Args:
         spec: the environment, as an ``EnvSpec``. The command line gives its ``as_dict()``, from the data module, and plain values for all
             else, which a checkpoint then keeps.
-        family: what learners are drawn from: a name (``paper``: MLP 64-64 tanh, orthogonal), or a family by class path.
+        family: what learners are drawn from: a name (``paper``: MLP 64-64 tanh, orthogonal), a family, or what makes an ``nn.Module`` from
+            (observation_shape, outputs), by class path, with arguments or without.
         encoder_level: l ∈ 0…4, for Atari: the first l layers of the Nature CNN are one encoder, trained along with the
             critic by the gradient of the whole loss; learners and critic are fed its features.
         gamma: discount γ.
@@ -119,7 +120,7 @@ class PPO(L.LightningModule):
     def __init__(
         self,
         spec: dict[str, Any],
-        family: LearnerFamily | str = "paper",
+        family: LearnerFamily | Factory | str = "paper",
         encoder_level: int = 0,
         gamma: ClosedUnitInterval = 0.99,
         gae_lambda: ClosedUnitInterval = 0.95,

@@ -244,6 +244,25 @@ def test_a_test_alone_does_not_write_a_best_dataset(finished, monkeypatch, capsy
     assert "the dataset that was tested" in capsys.readouterr().out
 
 
+def test_an_own_module_by_class_path_with_arguments(here, monkeypatch):
+    Path("own_modules.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, observation_shape, outputs, width: int = 64):\n"
+        "        super().__init__(nn.Linear(observation_shape[0], width), nn.Tanh(), nn.Linear(width, outputs))\n"
+    )
+    family = "{class_path: own_modules.Net, init_args: {width: 16}}"
+    options = [*QUICK, f"--model.family={family}", f"--held_out.families={{same: {family}, wide: own_modules.Net}}"]
+    lightning("fit", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
+    run = here / "runs" / "CartPole-v1" / "version_0"
+    metadata = load(run / "distilled.safetensors").metadata
+    factory = "functools.partial(own_modules.Net, width=16)"
+    assert metadata["learners"] == [{"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": factory}}]
+    assert {"in-distribution", "same (trained on)", "wide"} <= set(metadata["returns"])
+    options += [f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "--data.env_steps=9_600"]
+    lightning("fit", "--config", CONF / "cartpole_1d.yaml", *options, monkeypatch=monkeypatch)
+
+
 def test_a_scheduler_may_be_a_function(here, monkeypatch):
     Path("mine.py").write_text(
         "from torch.optim.lr_scheduler import StepLR\n"

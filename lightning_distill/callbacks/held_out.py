@@ -11,7 +11,7 @@ from jsonargparse.typing import NonNegativeInt
 from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION, ROWS, check_taught, reported_rules, row_name
 from ..families import as_family, families_apart, held_out_from
-from ..learners import LearnerFamily
+from ..learners import Factory, LearnerFamily
 from ..meta_ppo import MetaPPO
 
 
@@ -23,15 +23,15 @@ class HeldOutLearners(L.Callback):
     recommended rule and by the plain step. A family that the training draws from is reported as such.
 
     Args:
-        families: names of families, or name → family; any ``nn.Module`` factory by class path, as ``package.Module`` or
-            through ``lightning_distill.ModuleFamily``. Default: those of :func:`lightning_distill.families.held_out_from`.
+        families: names of families, or name → family; any ``nn.Module`` factory by class path, with arguments or without.
+            Default: those of :func:`lightning_distill.families.held_out_from`.
         at_validation: how many of them, from the front, also play at every validation: all of the default ones would take
             longer than the training between two validations.
     """
 
     def __init__(
         self,
-        families: list[str] | dict[str, LearnerFamily | str] | None = None,
+        families: list[str] | dict[str, LearnerFamily | Factory | str] | None = None,
         at_validation: NonNegativeInt = 3,
     ) -> None:
         self.families = None if families is None else _named(families)
@@ -74,7 +74,7 @@ class HeldOutLearners(L.Callback):
             pl_module.log(f"{prefix}/{name}/share", share, batch_size=1)
 
 
-def _named(families: Iterable[str] | dict[str, LearnerFamily | str]) -> dict[str, LearnerFamily]:
+def _named(families: Iterable[str] | dict[str, LearnerFamily | Factory | str]) -> dict[str, LearnerFamily]:
     named = families if isinstance(families, dict) else {name: name for name in families}
     for name in named:
         if name in ROWS:
