@@ -321,6 +321,27 @@ class Tied(nn.Module):
         return self.output(observations + observations @ self.output.weight.mT @ self.output.weight)
 
 
+def test_wide_learners_fit_by_several_threads():
+    """The system of 192 features and more is solved as well as that of few: torch's for several learners at once is not."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    observations, targets, ridge = torch.randn(512, 10), torch.randn(512, 2), torch.tensor(1e-3)
+    torch.set_num_threads(2)
+    try:
+        for width in (192, 256, 512):
+            family = MLP(width=width, depth=1)
+            params = family.draw(4, (10,), 2)
+            outputs = []
+            for dtype in (torch.float32, torch.float64):
+                fresh = {name: value.to(dtype) for name, value in params.items()}
+                taught = newton(family, fresh, *(value.to(dtype) for value in (observations, targets, ridge)))
+                outputs.append(family.forward(taught, observations.to(dtype).expand(4, -1, -1)).double())
+            found, expected = outputs
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=0.03)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("module", "match"),
     [
