@@ -51,6 +51,7 @@ def measure(config: Path) -> dict[str, float]:
         "--trainer.logger=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu",
+        "--model.critic_warmup=0",  # most iterations are not of it
         "--trainer.callbacks+=costs.Costs",
     ]
     command = [sys.executable, "-m", "lightning_distill.cli", "fit", f"--config={config.resolve()}", *options]

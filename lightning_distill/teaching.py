@@ -19,9 +19,11 @@ from .dataset import DistilledDataset, as_dataset, normalise
 from .families import as_family
 from .learners import (
     FIXED,
+    MAPPED,
     Forward,
     LearnerFamily,
     Learners,
+    ModuleFamily,
     Params,
     StackedModules,
     UnfitLearner,
@@ -358,15 +360,19 @@ def _step(
 ) -> Params:
     """Parameters of the taught learners, in their precision; torch's random state is left as it was.
 
-    The step itself is taken in single precision at least: rounded to half, what one number of a sum adds is lost.
+    The step itself is taken in single precision at least: rounded to half, what one number of a sum adds is lost. Modules take it in
+    portions, as in :class:`StackedModules`: the step's graph holds what each of them computes.
     """
     wide = {name: value.float() if value.dtype in HALF else value for name, value in params.items()}
     like = _like(wide)
     # Copies: of a tensor made in inference mode nothing can be differentiated.
     given = [tensor.to(like, copy=True) for tensor in (dataset.learner_inputs(), dataset.targets, *numbers)]
     with _accepting(dataset), keep_random_state(like.device):
-        taught = rule(learners, wide, *given)
-    return {name: value.to(params[name].dtype) for name, value in taught.items()}
+        by_module = isinstance(learners, StackedModules | ModuleFamily)
+        together = max(1, MAPPED // dataset.pairs) if by_module else count_learners(params)
+        parts = [value.split(together) for value in wide.values()]
+        taught = [rule(learners, dict(zip(wide, part, strict=True)), *given) for part in zip(*parts, strict=True)]
+    return {name: torch.cat([part[name] for part in taught]).to(value.dtype) for name, value in params.items()}
 
 
 def _like(params: Params) -> Tensor:

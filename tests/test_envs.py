@@ -226,6 +226,11 @@ def test_any_registered_environment_is_made_from_its_id():
     assert make_env(smaller, 2, seed=0).reset()["observation"].shape == (2, 27)
 
 
+def test_a_backend_that_there_is_not_is_refused():
+    with pytest.raises(ConfigError, match=r"backend='gymnasum': allowed are auto, gymnasium, processes, envpool"):
+        make_env(env_spec("Acrobot-v1"), 2, seed=0, backend="gymnasum")
+
+
 def test_torchrl_environment_by_class_path():
     spec = env_spec("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"})
     assert (spec.observation_shape, spec.action_type, spec.actions) == ((3,), "continuous", 1)

@@ -12,7 +12,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .spec import ConfigError, EnvSpec
 
@@ -300,6 +300,8 @@ def make_env(
     from .cartpole import DIMENSIONS, CartPole
     from .vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator, VectorEnv
 
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend={backend!r}: allowed are {', '.join(get_args(Backend))}")
     limit = max_episode_steps or (spec.time_limit if training else None)
     if spec.frames:
         from .atari import AtariSimulator
