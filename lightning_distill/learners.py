@@ -370,7 +370,7 @@ class StackedModules(Learners):
                 outputs = function({name: value[0] for name, value in params.items()}, observations[0])
                 return outputs.unsqueeze(0) if isinstance(outputs, Tensor) else outputs
             # In portions: what a module like attention holds of all learners and all pairs at once may be more than there is memory.
-            together = max(1, MAPPED // observations.shape[1])
+            together = max(1, MAPPED // max(1, observations.shape[1]))
             try:
                 return torch.func.vmap(function, randomness="different", chunk_size=together)(params, observations)
             except RuntimeError as error:

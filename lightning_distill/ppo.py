@@ -464,7 +464,7 @@ class PPO(L.LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
-        if self.critic_warmup >= self._iterations:
+        if self.critic_warmup >= self._iterations and not self.trainer.fast_dev_run:
             raise ConfigError(
                 f"model.critic_warmup={self.critic_warmup}: the run has {self._iterations} iterations, allowed are fewer"
             )

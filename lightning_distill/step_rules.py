@@ -180,8 +180,8 @@ def _trainable(params: Params) -> Params:
 def _solved(systems: Tensor, wanted: Tensor) -> Tensor:
     """x [K, n, d] with systems [K, n, n] x = wanted.
 
-    On a CPU one after the other: there torch 2.13's solution of several at once (oneMKL 2024.2), by more than one thread, fails from 256
-    rows on and is wrong, without a word, for some of 192.
+    On a CPU one after the other: there torch 2.13 (oneMKL 2024.2), by more than one thread, fails to solve several of 256 rows or more at
+    once, and solves some of 192 wrongly, without a word.
     """
     if systems.device.type != "cpu":
         return torch.linalg.solve(systems, wanted)
