@@ -139,7 +139,7 @@ def test_of_several_runs_of_a_stage_the_best_by_validation_goes_on(pipeline, tmp
     run = f"{SHORT} --data.env=CartPole-v1 --data.val_learners=20 --data.env_steps="
     nothing = "1024 --model.optimizer=torch.optim.Adam --model.optimizer.lr=1e-9"
     path = pipeline(
-        f"gait:\n- {run}{nothing}\n- {run}60_000\n- {run}{nothing}\n"
+        f"gait:\n- {run}{nothing}\n- {run}40_000 --data.num_envs=64\n- {run}{nothing}\n"
         f"after: {run}512 --model.start=${{gait}}/distilled.safetensors\n"
     )
     options = [f"--{option}" for option in OPTIONS]
