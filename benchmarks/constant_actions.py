@@ -26,17 +26,17 @@ def main() -> None:
     actions = arguments.actions or range(spec.actions)
     if unknown := set(actions) - set(range(spec.actions)):
         parser.error(f"--actions: {sorted(unknown)}; allowed are 0 … {spec.actions - 1}")
-    for action in actions:
-        always = torch.full((1, arguments.episodes), action)
-        evaluator = Evaluator(spec, 1, arguments.episodes, threads=arguments.threads)
-        try:
+    evaluator = Evaluator(spec, 1, arguments.episodes, threads=arguments.threads)
+    try:
+        for action in actions:
+            always = torch.full((1, arguments.episodes), action)
             returns = evaluator.play(
                 lambda always=always: lambda observation, sample=False: always, greedy=True
             ).returns
-        finally:
-            evaluator.close()
-        played = Evaluation(returns.T, greedy=True)  # of one policy, statistics are over games
-        print(f"{action:3} {played.mean:9.1f} ± {played.ci95:.1f}", flush=True)
+            played = Evaluation(returns.T, greedy=True)  # of one policy, statistics are over games
+            print(f"{action:3} {played.mean:9.1f} ± {played.ci95:.1f}", flush=True)
+    finally:
+        evaluator.close()
 
 
 if __name__ == "__main__":

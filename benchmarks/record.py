@@ -37,27 +37,23 @@ def spent(rows: list[dict[str, str]]) -> tuple[int, float, list]:
 def spent_before(folder: Path) -> tuple[int, float]:
     """Environment steps and minutes of the runs whose files a run began with, and of those before them."""
     config = settings(folder)
-    arguments = config["model"]["init_args"]
-    others, gone_on_with = [], None
-    for key, file in (
-        ("ckpt_path", config.get("ckpt_path")),
-        *((key, arguments.get(key)) for key in ("start", "expert")),
-    ):
-        if not file:
-            continue
-        run = next((parent for parent in Path(file).parents if (parent / "metrics.csv").is_file()), None)
-        if run is None:
-            raise SystemExit(f"{file}: not in the folder of its run: say by --before STEPS MINUTES what it took")
-        others += [each for each in of_the_stage(run) if each not in others]
-        if key == "ckpt_path":
-            gone_on_with = run
+    files = {"ckpt_path": config.get("ckpt_path"), **config["model"]["init_args"]}
+    began_with = {key: run_of(files[key]) for key in ("ckpt_path", "start", "expert") if files.get(key)}
     steps, minutes = 0, 0.0
-    for each in others:
+    for run in {each for one in began_with.values() for each in of_the_stage(one)}:
         # The steps of a run that goes on include those of the one that it goes on from.
-        before = [spent_before(each)] if each == gone_on_with else [spent(logged(each))[:2], spent_before(each)]
-        for taken in before:
+        own = (0, 0.0) if run == began_with.get("ckpt_path") else spent(logged(run))[:2]
+        for taken in (own, spent_before(run)):
             steps, minutes = steps + taken[0], minutes + taken[1]
     return steps, minutes
+
+
+def run_of(file: str) -> Path:
+    """The folder of the run that wrote a file."""
+    found = next((parent for parent in Path(file).parents if (parent / "metrics.csv").is_file()), None)
+    if found is None:
+        raise SystemExit(f"{file}: not in the folder of its run: say by --before STEPS MINUTES what it took")
+    return found
 
 
 def of_the_stage(run: Path) -> list[Path]:

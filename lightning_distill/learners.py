@@ -27,8 +27,6 @@ Forward = Callable[[Params, Tensor], Tensor]
 #: What makes a module of one architecture, called with (observation_shape, outputs).
 Factory = Callable[[Sequence[int], int], nn.Module]
 
-#: Observations, over all learners, that modules are run on at once.
-MAPPED = 512
 #: Marks, in the names of ``Params``, a buffer or a frozen parameter.
 FIXED = "fixed:"
 #: Ends, in the names of ``Params``, the name of a group: learners of one architecture beside those of others.
@@ -369,10 +367,8 @@ class StackedModules(Learners):
             if len(observations) == 1:
                 outputs = function({name: value[0] for name, value in params.items()}, observations[0])
                 return outputs.unsqueeze(0) if isinstance(outputs, Tensor) else outputs
-            # In portions: what a module like attention holds of all learners and all pairs at once may be more than there is memory.
-            together = max(1, MAPPED // max(1, observations.shape[1]))
             try:
-                return torch.func.vmap(function, randomness="different", chunk_size=together)(params, observations)
+                return torch.func.vmap(function, randomness="different")(params, observations)
             except RuntimeError as error:
                 if "Batching rule not implemented" not in str(error):
                     raise

@@ -95,7 +95,7 @@ def _in_full_precision(step: Step) -> Step:
 def newton(learners: Learners, params: Params, observations: Tensor, targets: Tensor, ridge: Tensor) -> Params:
     """One damped Newton step of the last layer, on features centred over the pairs; other layers stay as they are."""
     features = learners.features(params, observations.expand(_learners(params), *observations.shape))
-    features, targets, ridge = _wide(features), _wide(targets), _wide(ridge)
+    features, targets, ridge = wide(features), wide(targets), wide(ridge)
     mean, target_mean = features.mean(1, keepdim=True), targets.mean(0)
     centred = features - mean
     # Of the two equal forms the one with the smaller system: pairs × pairs or features × features.
@@ -188,14 +188,14 @@ def _solved(systems: Tensor, wanted: Tensor) -> Tensor:
     return torch.stack([torch.linalg.solve(*each) for each in zip(systems, wanted, strict=True)])
 
 
-def _wide(value: Tensor) -> Tensor:
+def wide(value: Tensor) -> Tensor:
     """In single precision at least: linear algebra knows no half."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _size(parameter: Tensor) -> Tensor:
     """How large [K] a parameter [K, …] is: a matrix by its norm; a vector as if each entry were 1, as biases begin with 0."""
-    matrices = _wide(_as_matrices(parameter))
+    matrices = wide(_as_matrices(parameter))
     if 1 in matrices.shape[1:]:
         return matrices.new_full((len(matrices),), math.sqrt(matrices[0].numel()))
     return torch.linalg.matrix_norm(matrices)
@@ -207,7 +207,7 @@ def _polar_factor(gradient: Tensor) -> Tensor:
     Five iterations in the manner of Newton and Schulz, with the coefficients of Muon (Jordan et al. 2024), which bring singular
     values from 0.003 of ‖G‖ up to between 0.7 and 1.2: products of matrices alone, so that derivatives exist for equal ones too.
     """
-    matrices = _wide(_as_matrices(gradient))
+    matrices = wide(_as_matrices(gradient))
     tall = matrices.shape[1] > matrices.shape[2]
     found = _unit(matrices.mT if tall else matrices)
     for _ in range(5):

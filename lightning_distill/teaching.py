@@ -19,7 +19,6 @@ from .dataset import DistilledDataset, as_dataset, normalise
 from .families import as_family
 from .learners import (
     FIXED,
-    MAPPED,
     Forward,
     LearnerFamily,
     Learners,
@@ -31,12 +30,12 @@ from .learners import (
     stack_parameters,
 )
 from .nature import CONVOLUTIONS, HIDDEN
-from .step_rules import STEP_RULES, StepRule, best_steps
+from .step_rules import STEP_RULES, StepRule, best_steps, wide
 
 #: Pairs on which modules are compared before they are stacked.
 CHECKED = 8
-#: Of parameters: what linear algebra and small differences need more than.
-HALF = (torch.float16, torch.bfloat16)
+#: Observations, over all learners, on which modules are taught at once: what one like attention holds of all may be more than there is memory.
+AT_ONCE = 512
 LOG_STD_NAMES = ("log_std", "logstd")
 
 
@@ -361,17 +360,17 @@ def _step(
     """Parameters of the taught learners, in their precision; torch's random state is left as it was.
 
     The step itself is taken in single precision at least: rounded to half, what one number of a sum adds is lost. Modules take it in
-    portions, as in :class:`StackedModules`: the step's graph holds what each of them computes.
+    portions: the step's graph holds what each of them computes.
     """
-    wide = {name: value.float() if value.dtype in HALF else value for name, value in params.items()}
-    like = _like(wide)
+    fresh = {name: wide(value) for name, value in params.items()}
+    like = _like(fresh)
     # Copies: of a tensor made in inference mode nothing can be differentiated.
     given = [tensor.to(like, copy=True) for tensor in (dataset.learner_inputs(), dataset.targets, *numbers)]
     with _accepting(dataset), keep_random_state(like.device):
         by_module = isinstance(learners, StackedModules | ModuleFamily)
-        together = max(1, MAPPED // dataset.pairs) if by_module else count_learners(params)
-        parts = [value.split(together) for value in wide.values()]
-        taught = [rule(learners, dict(zip(wide, part, strict=True)), *given) for part in zip(*parts, strict=True)]
+        together = max(1, AT_ONCE // dataset.pairs) if by_module else count_learners(params)
+        parts = zip(*(value.split(together) for value in fresh.values()), strict=True)
+        taught = [rule(learners, dict(zip(fresh, part, strict=True)), *given) for part in parts]
     return {name: torch.cat([part[name] for part in taught]).to(value.dtype) for name, value in params.items()}
 
 

@@ -422,12 +422,11 @@ def test_any_names_and_a_last_layer_called_by_keyword():
             torch.testing.assert_close(teach(module, dataset, rule)(observation), action)
 
 
-def test_learners_of_any_number_are_run_in_portions(monkeypatch):
+def test_learners_of_any_number_are_taught_in_portions(monkeypatch):
     torch.manual_seed(0)
     modules, dataset, observations = [nn.Linear(17, 6) for _ in range(5)], make_dataset(), torch.randn(5, 3, 17)
     expected = teach_many(modules, dataset)(observations)
-    for module in ("learners", "teaching"):
-        monkeypatch.setattr(f"lightning_distill.{module}.MAPPED", 16)  # of 8 pairs: two learners at once
+    monkeypatch.setattr("lightning_distill.teaching.AT_ONCE", 16)  # of 8 pairs: two learners at once
     torch.testing.assert_close(teach_many(modules, dataset)(observations), expected)
 
 
