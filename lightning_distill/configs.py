@@ -1,8 +1,10 @@
-"""The project's configs, wherever a command is typed."""
+"""Configs, wherever a command is typed, and what is allowed in them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from .envs.spec import ConfigError
 
@@ -24,3 +26,32 @@ def check_seed(seed: int | bool | None) -> None:
     """Raise ``ConfigError`` for a seed that numpy does not take. (True is any seed, None and False none.)"""
     if type(seed) is int and not 0 <= seed < 2**32:
         raise ConfigError(f"seed_everything={seed}: allowed are integers from 0, below 2**32")
+
+
+def check_numbers(section: str, init: Callable[..., None], values: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for numbers that the types of a constructor's arguments (``PositiveInt`` …) do not allow.
+
+    The command line looks at them itself; this is for those who call the constructor.
+
+    Args:
+        section: of the config that the constructor's arguments are.
+        init: the constructor.
+        values: its arguments by name; others are left alone.
+    """
+    for name, hint in get_type_hints(init).items():
+        for restricted in (hint, *get_args(hint)):
+            # jsonargparse's are subclasses of the plain types, and raise for what they do not allow.
+            if not (isinstance(restricted, type) and issubclass(restricted, (int, float))) or restricted in (
+                int,
+                float,
+                bool,
+            ):
+                continue
+            if (value := values.get(name)) is None:
+                continue
+            try:
+                if isinstance(value, str):
+                    raise ValueError(f"{value!r} is a text")
+                restricted(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{section}.{name}={value!r}: {error}; allowed is {restricted.__name__}") from None

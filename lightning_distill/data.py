@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from jsonargparse.typing import PositiveInt
 
+from .configs import check_numbers
 from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator, StackedActor
@@ -67,6 +68,7 @@ class CollectorDataModule(L.LightningDataModule):
         episodes: PositiveInt = 1,
     ) -> None:
         super().__init__()
+        check_numbers("data", CollectorDataModule.__init__, locals())
         _check_plain(env_kwargs or {})
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length

@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+from .configs import check_numbers
 from .dataset import normalise
 from .envs import ConfigError, make_env, stream_seed
 from .experts import expert_from
@@ -63,6 +64,7 @@ class Imitation(MetaPPO):
         final_noise: PositiveFloat = 1.0,
         **kwargs: Any,
     ) -> None:
+        check_numbers("model", Imitation.__init__, locals())
         if kwargs.get("critic_warmup"):
             raise ConfigError(f"model.critic_warmup={kwargs['critic_warmup']}: Imitation has no critic; allowed is 0")
         super().__init__(spec, lifetime=lifetime, epochs=epochs, final_noise=final_noise, **kwargs)

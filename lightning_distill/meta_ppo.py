@@ -15,6 +15,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from .configs import check_numbers
 from .data import Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError, stream_seed
@@ -82,9 +83,7 @@ class MetaPPO(PPO):
         start: str | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("pairs", pairs), ("learners", learners), ("lifetime", lifetime)):
-            if value is not None and value < 1:
-                raise ConfigError(f"model.{name}={value}: allowed are integers ≥ 1")
+        check_numbers("model", MetaPPO.__init__, locals())
         if step_rule not in STEP_RULES:
             raise ConfigError(f"model.step_rule={step_rule!r}: allowed are {', '.join(STEP_RULES)}")
         if encoded_pairs and not kwargs.get("encoder_level"):

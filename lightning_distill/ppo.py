@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .configs import check_numbers
 from .critics import make_critic
 from .data import Stage
 from .dataset import DistilledDataset, load, normalise
@@ -145,6 +146,7 @@ class PPO(L.LightningModule):
         critic_warmup: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
+        check_numbers("model", PPO.__init__, locals())
         if not 0 < final_noise <= 1:
             raise ConfigError(f"model.final_noise={final_noise}: allowed are numbers above 0, up to 1")
         if not 0 <= noise_falls_from < 1:

@@ -267,10 +267,33 @@ def test_a_precision_in_which_gradients_or_samples_are_others_is_refused():
         trainer(precision="64-true").fit(MetaPPO(data.spec), data)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("pairs", 0), ("learners", -1)])
-def test_sizes_below_one_are_refused(argument, value):
-    with pytest.raises(ConfigError, match=f"model.{argument}={value}"):
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        ("pairs", 0, "v>0"),
+        ("learners", -1, "v>0"),
+        ("lifetime", 1.5, "integer"),
+        ("epochs", 0, "v>0"),
+        ("minibatches", "4", "text"),
+        ("gamma", 2, "v<=1"),
+        ("target_kl", float("nan"), "v>0"),
+        ("entropy_coef", -0.1, "v>=0"),
+        ("learning_rate", 0.0, "v>0"),
+        ("critic_warmup", True, "number"),
+    ],
+)
+def test_numbers_that_are_not_allowed_are_refused_in_python_too(argument, value, allowed):
+    with pytest.raises(ConfigError, match=rf"model\.{argument}={value!r}: .*{allowed}"):
         MetaPPO(SPECS["discrete"], **{argument: value})
+
+
+def test_sizes_of_rollouts_that_are_not_allowed_are_refused_in_python_too():
+    with pytest.raises(ConfigError, match=r"data\.num_envs=0: .*v>0"):
+        CollectorDataModule("CartPole-v1", num_envs=0)
+
+
+def test_numbers_of_other_kinds_are_numbers():
+    assert MetaPPO(SPECS["discrete"], pairs=torch.tensor(3).numpy()[()], gamma=1).synthetic_batch.pairs == 3
 
 
 @pytest.mark.parametrize(("actions", "pairs"), [(2, 2), (9, 6), (18, 10)])
