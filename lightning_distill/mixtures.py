@@ -28,7 +28,7 @@ class Mixture(LearnerFamily):
     """
 
     def __init__(
-        self, families: list[LearnerFamily | Factory | str], each: int = 2, weights: list[float] | None = None
+        self, families: list[str | LearnerFamily | Factory], each: int = 2, weights: list[float] | None = None
     ) -> None:
         if not families:
             raise ValueError("Mixture.families=[]: allowed are lists of one family or more")

@@ -121,7 +121,7 @@ class PPO(L.LightningModule):
     def __init__(
         self,
         spec: dict[str, Any],
-        family: LearnerFamily | Factory | str = "paper",
+        family: str | LearnerFamily | Factory = "paper",
         encoder_level: int = 0,
         gamma: ClosedUnitInterval = 0.99,
         gae_lambda: ClosedUnitInterval = 0.95,

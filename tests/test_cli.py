@@ -448,7 +448,8 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         config,
         "--trainer.fast_dev_run=true",
         "--trainer.accelerator=cpu",
-        "--data.rollout_length=25",  # as short as may be: what is tried is the config
+        "--data.rollout_length=25",  # as short as may be, one pass over it: what is tried is the config
+        "--model.epochs=1",
         monkeypatch=monkeypatch,
     )
     assert not list(here.rglob("*.safetensors")), "a development run leaves nothing behind"

@@ -31,7 +31,7 @@ class HeldOutLearners(L.Callback):
 
     def __init__(
         self,
-        families: list[str] | dict[str, LearnerFamily | Factory | str] | None = None,
+        families: list[str] | dict[str, str | LearnerFamily | Factory] | None = None,
         at_validation: NonNegativeInt = 3,
     ) -> None:
         self.families = None if families is None else _named(families)
@@ -74,7 +74,7 @@ class HeldOutLearners(L.Callback):
             pl_module.log(f"{prefix}/{name}/share", share, batch_size=1)
 
 
-def _named(families: Iterable[str] | dict[str, LearnerFamily | Factory | str]) -> dict[str, LearnerFamily]:
+def _named(families: Iterable[str] | dict[str, str | LearnerFamily | Factory]) -> dict[str, LearnerFamily]:
     named = families if isinstance(families, dict) else {name: name for name in families}
     for name in named:
         if name in ROWS:
