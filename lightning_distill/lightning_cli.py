@@ -262,6 +262,9 @@ def run(args: list[str] | None = None) -> None:
             trainer_defaults={"callbacks": [StopTogether()]},
             args=args,
         )
+    except MisconfigurationException as error:
+        # What Lightning finds out on the way only, as a checkpoint.monitor that nobody logs. last.ckpt is there to go on from.
+        raise ConfigError(str(error)) from error
     except SIGTERMException:
         # Lightning's leaves with 0, which a scheduler would take for a finished run. The other processes do leave with 0:
         # Lightning kills the first, which may still have to write, when one of them fails.
