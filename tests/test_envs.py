@@ -241,6 +241,32 @@ def test_torchrl_environment_by_class_path():
     assert following["observation"].shape == (3, 3)
 
 
+@pytest.mark.parametrize(
+    ("env", "kwargs"),
+    [("CartPole2D-v0", {}), ("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"})],
+)
+def test_processes_know_the_projects_own_environments_and_torchrls(env, kwargs):
+    """They are new interpreters: what was registered or imported here is not there."""
+    spec, seen = env_spec(env, kwargs), {}
+    for backend in ("auto" if kwargs else "gymnasium", "processes"):
+        made = make_env(spec, 2, seed=3, backend=backend)
+        state, seen[backend] = made.reset(), []
+        for k in range(3):
+            action = torch.full((2, 1), 0.1 * k) if kwargs else torch.tensor([k, 0])
+            _, state = made.step_and_maybe_reset(state.set("action", action))
+            seen[backend].append(state["observation"].clone())
+        made.close()
+    one, other = seen.values()
+    torch.testing.assert_close(torch.stack(one), torch.stack(other))
+
+
+def test_a_backend_that_a_torchrl_environment_does_not_have_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"data\.backend='envpool' for torchrl.envs.GymEnv.*: allowed are auto, processes"
+    ):
+        make_env(env_spec("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"}), 2, seed=0, backend="envpool")
+
+
 class Echo(gymnasium.Env):
     """Earns its action, and never ends."""
 
@@ -361,6 +387,20 @@ def test_an_environment_that_is_not_as_gymnasium_has_it_is_named(way, message):
     assert env_spec("Strange-v0").observation_shape == (3,)
     with pytest.raises(ConfigError, match=r"data\.env='Strange-v0'.*" + message):
         env_spec("Strange-v0", {"way": way})
+
+
+def test_an_environment_of_one_action_is_refused():
+    class Only(Echo):
+        action_space = gymnasium.spaces.Discrete(1)
+
+        def step(self, action):
+            return np.zeros(1, dtype=np.float32), 0.0, False, False, {}
+
+    gymnasium.register("Only-v0", Only)
+    with pytest.raises(
+        ConfigError, match=r"Only-v0.* has the action space Discrete\(1\); allowed: Discrete of two or more"
+    ):
+        env_spec("Only-v0")
 
 
 @pytest.mark.usefixtures("strange")

@@ -118,7 +118,8 @@ def test_environments_that_have_finished_are_left_alone_and_returns_are_the_same
     if backend == "envpool":
         pytest.importorskip("envpool")
     # Processes take seconds to start; Gymnasium steps and resets them as it does environments of this one.
-    monkeypatch.setattr("gymnasium.vector.AsyncVectorEnv", gymnasium.vector.SyncVectorEnv)
+    here = lambda makers, context, **options: gymnasium.vector.SyncVectorEnv(makers, **options)  # noqa: E731
+    monkeypatch.setattr("gymnasium.vector.AsyncVectorEnv", here)
     asked, step = [], simulator.step
     monkeypatch.setattr(
         simulator, "step", lambda self, action, mask=None: asked.append(mask) or step(self, action, mask)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import gymnasium
 import pytest
 import torch
 from handmade import make_dataset
@@ -256,6 +257,18 @@ def test_watch_says_what_to_install_without_opengl(tmp_path, monkeypatch, capsys
 def test_watch_says_that_torchrl_environments_cannot_be_drawn():
     with pytest.raises(ConfigError, match=r"env='torchrl.envs.GymEnv' is a TorchRL environment, which cannot be drawn"):
         make_rendered("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"})
+
+
+def test_watch_says_that_an_environment_takes_no_render_mode():
+    class Undrawn(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces.Discrete(2)
+
+        def __init__(self):
+            """Takes nothing."""
+
+    gymnasium.register("Undrawn-v0", Undrawn)
+    with pytest.raises(ConfigError, match=r"env='Undrawn-v0' cannot be drawn: its constructor takes no render_mode"):
+        make_rendered("Undrawn-v0")
 
 
 def test_list(path, monkeypatch, capsys, tmp_path):

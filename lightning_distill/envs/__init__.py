@@ -92,14 +92,8 @@ def _known_warnings_filtered() -> Iterator[None]:
 def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     import gymnasium
 
-    from . import registration  # noqa: F401
     from .vector import gymnasium_env
 
-    if env.startswith("ALE/") or (importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip")):
-        import ale_py
-
-        gymnasium.register_envs(ale_py)
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each game made
     try:
         with _known_warnings_filtered():
             return gymnasium_env(env, kwargs)
@@ -180,13 +174,13 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
         _try_out(env, made)
     finally:
         made.close()
-    if isinstance(action, Discrete) and action.start == 0:
+    if isinstance(action, Discrete) and action.start == 0 and action.n > 1:
         return EnvSpec(env, observation.shape, "discrete", int(action.n), **rest)
     if isinstance(action, Box) and len(action.shape) == 1 and np.issubdtype(action.dtype, np.floating):
         bounds = action.low.tolist(), action.high.tolist()
         return EnvSpec(env, observation.shape, "continuous", action.shape[0], *bounds, **rest)
     raise ConfigError(
-        f"data.env={env!r} has the action space {action}; allowed: Discrete starting at 0, or Box of floating-point numbers with one dimension"
+        f"data.env={env!r} has the action space {action}; allowed: Discrete of two or more starting at 0, or Box of floating-point numbers with one dimension"
     )
 
 
@@ -227,12 +221,14 @@ def _torchrl_spec(env: str, torchrl_class: type[EnvBase], kwargs: dict[str, Any]
         raise ConfigError(f"data.env={env!r} observes {keys}; allowed: an environment with the key 'observation'")
     shape, action = tuple(made.observation_spec["observation"].shape), made.action_spec
     made.close()
-    if isinstance(action, Categorical) and not action.shape:
+    if isinstance(action, Categorical) and not action.shape and action.space.n > 1:
         return EnvSpec(env, shape, "discrete", int(action.space.n), kwargs=kwargs)
     if isinstance(action, Bounded | Unbounded) and len(action.shape) == 1:
         low, high = (bound.tolist() for bound in (action.space.low, action.space.high))
         return EnvSpec(env, shape, "continuous", action.shape[-1], low, high, kwargs=kwargs)
-    raise ConfigError(f"data.env={env!r} has the action spec {action}; allowed: Categorical, or a bounded vector")
+    raise ConfigError(
+        f"data.env={env!r} has the action spec {action}; allowed: Categorical of two or more, or a bounded vector"
+    )
 
 
 @_known_warnings_filtered()
@@ -284,7 +280,7 @@ def make_env(
         spec: from :func:`env_spec`.
         num_envs: batch size of the environment.
         seed: of its start states.
-        backend: who simulates a Gymnasium id: ``gymnasium`` (one after the other), ``processes`` (gymnasium, one
+        backend: who simulates: ``gymnasium`` (one after the other), ``processes`` (Gymnasium's or TorchRL's, one
             process each), ``envpool`` (C++ threads; needs the extra ``fast``, and ``env_kwargs`` that only leave parts of
             the observation out or are among ``SHARED_ARGUMENTS``); ``auto`` takes envpool where it can. Atari games have a
             simulator of their own.
@@ -313,11 +309,16 @@ def make_env(
     if backend == "auto" and spec.id in DIMENSIONS and not spec.kwargs:
         return _truncated(CartPole(DIMENSIONS[spec.id], num_envs, seed, device), max_episode_steps)
     if (torchrl_class := _torchrl_class(spec.id)) is not None:
-        from torchrl.envs import SerialEnv, TransformedEnv
+        from torchrl.envs import ParallelEnv, SerialEnv, TransformedEnv
 
         from .clipping import ClippedActions
 
-        env = SerialEnv(num_envs, partial(torchrl_class, **spec.kwargs))
+        if backend not in ("auto", "processes"):
+            raise ConfigError(
+                f"data.backend={backend!r} for {spec.id}, a TorchRL environment: allowed are auto, processes"
+            )
+        together = ParallelEnv if backend == "processes" else SerialEnv
+        env = together(num_envs, partial(torchrl_class, **spec.kwargs))
         env.set_seed(seed)
         if spec.action_type == "continuous":
             env = TransformedEnv(env, ClippedActions(spec))

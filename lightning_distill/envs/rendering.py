@@ -50,7 +50,14 @@ def make_rendered(env: str, kwargs: dict[str, Any] | None = None) -> gymnasium.E
         made = RenderedAtari(atari_spec(env, kwargs))
     else:
         _choose_opengl()
-        made = _gymnasium_env(env, {**kwargs, "render_mode": "rgb_array"})
+        try:
+            made = _gymnasium_env(env, {**kwargs, "render_mode": "rgb_array"})
+        except ConfigError as error:
+            if not (isinstance(error.__cause__, TypeError) and "render_mode" in str(error.__cause__)):
+                raise
+            raise ConfigError(
+                f"env={env!r} cannot be drawn: its constructor takes no render_mode='rgb_array'"
+            ) from error
     # What is left of a half-made viewer complains when it is deleted; the error says it already.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:

@@ -8,6 +8,8 @@ the terminal observation is kept as ``next.observation`` and no bogus transition
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -44,6 +46,13 @@ def gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     flattens them, where it can."""
     import gymnasium
 
+    from . import registration  # noqa: F401  here, as simulators' processes know of no other import
+
+    if env.startswith("ALE/") or (importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip")):
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each game made
     made = gymnasium.make(env, disable_env_checker=True, **kwargs)
     space = made.observation_space
     if not space.is_np_flattenable or (isinstance(space, gymnasium.spaces.Box) and space.shape):
@@ -99,7 +108,11 @@ class ProcessSimulator:
         from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
         make = partial(gymnasium_env, spec.id, spec.kwargs)
-        self.envs = AsyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        # Where there is a server to fork from it imports this once, for all: each import takes a second and 0.25 GB.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None
+        multiprocessing.set_forkserver_preload([__name__])
+        with _lost_ones_named():
+            self.envs = AsyncVectorEnv([make] * num_envs, context=method, autoreset_mode=AutoresetMode.DISABLED)
         self.seed: int | None = seed
 
     def reset(self, mask: np.ndarray | None) -> np.ndarray:
@@ -128,7 +141,9 @@ def _lost_ones_named() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:
-        raise RuntimeError("a simulator's process was lost: killed, perhaps for want of memory") from error
+        raise RuntimeError(
+            "a simulator's process was lost: it failed, as it says above, or was killed, perhaps for want of memory"
+        ) from error
 
 
 class EnvPoolSimulator:
