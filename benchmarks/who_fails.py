@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     dataset = load(args.dataset)
-    evaluator = Evaluator(env_spec(dataset.env, dataset.metadata["env_kwargs"]), args.learners, threads=args.threads)
+    evaluator = Evaluator(env_spec(dataset.env, dataset.env_kwargs), args.learners, threads=args.threads)
     kinds = members(trained_family(dataset))
     returns = torch.stack([evaluator(dataset, kind, seed=SEED).per_learner for kind in kinds])
     evaluator.close()
@@ -41,9 +41,8 @@ def main() -> None:
         played[cell] += len(its)
     sizes, columns = (sorted(set(part)) for part in zip(*played, strict=True))
     rows = [
-        [f"{depth} × {width}", *(f"{failed[size, c]} of {played[size, c]}" if played[size, c] else "" for c in columns)]
+        [f"{size[1]} × {size[0]}", *(f"{failed[size, column]} of {played[size, column]}" for column in columns)]
         for size in sizes
-        for width, depth in [size]
     ]
     marked.write(f"who fails {args.dataset}", marked.table(["hidden layers", *columns], rows))
     print(f"{int(sum(failed.values()))} of {returns.numel()} learners, mean {returns.mean():.0f}")

@@ -39,19 +39,13 @@ def check_numbers(section: str, init: Callable[..., None], values: Mapping[str, 
         values: its arguments by name; others are left alone.
     """
     for name, hint in get_type_hints(init).items():
-        for restricted in (hint, *get_args(hint)):
-            # jsonargparse's are subclasses of the plain types, and raise for what they do not allow.
-            if not (isinstance(restricted, type) and issubclass(restricted, (int, float))) or restricted in (
-                int,
-                float,
-                bool,
-            ):
-                continue
-            if (value := values.get(name)) is None:
-                continue
-            try:
-                if isinstance(value, str):
-                    raise ValueError(f"{value!r} is a text")
-                restricted(value)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{section}.{name}={value!r}: {error}; allowed is {restricted.__name__}") from None
+        hints = hint, *get_args(hint)
+        restricted = [each for each in hints if getattr(each, "__module__", None) == "jsonargparse.typing"]
+        if not restricted or (value := values.get(name)) is None:
+            continue
+        try:
+            if isinstance(value, str):  # which the type would read, as it does on the command line
+                raise ValueError(f"{value!r} is a text")
+            restricted[0](value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{section}.{name}={value!r}: {error}; allowed is {restricted[0].__name__}") from None

@@ -197,10 +197,11 @@ class DistillCLI(LightningCLI):
             super().instantiate_classes()
         except MisconfigurationException as error:
             # It names the options that it is about, but for those that differ from machine to machine.
+            if not re.search("backend|accelerator|device", str(error)):
+                raise
             trainer = self._get(self.config, "trainer")
             named = ", ".join(f"trainer.{name}={trainer.get(name)!r}" for name in ("accelerator", "devices"))
-            of_the_machine = re.search("backend|accelerator|device", str(error))
-            raise ConfigError(f"{named}: {error}" if of_the_machine else str(error)) from error
+            raise ConfigError(f"{named}: {error}") from error
         except ValueError as error:
             # What a class says of its own arguments comes wrapped in what the parser tried: the innermost says it plainly.
             plain = error
@@ -263,7 +264,7 @@ def run(args: list[str] | None = None) -> None:
             args=args,
         )
     except MisconfigurationException as error:
-        # What Lightning finds out on the way only, as a checkpoint.monitor that nobody logs. last.ckpt is there to go on from.
+        # On the way, too, as a checkpoint.monitor that nobody logs: last.ckpt is there to go on from.
         raise ConfigError(str(error)) from error
     except SIGTERMException:
         # Lightning's leaves with 0, which a scheduler would take for a finished run. The other processes do leave with 0:

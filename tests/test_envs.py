@@ -242,17 +242,24 @@ def test_torchrl_environment_by_class_path():
 
 
 @pytest.mark.parametrize(
-    ("env", "kwargs"),
-    [("CartPole2D-v0", {}), ("torchrl.envs.GymEnv", {"env_name": "Pendulum-v1"})],
+    ("env", "kwargs", "here", "actions"),
+    [
+        ("CartPole2D-v0", {}, "gymnasium", torch.tensor([[0, 0], [1, 0], [2, 0]])),
+        (
+            "torchrl.envs.GymEnv",
+            {"env_name": "Pendulum-v1"},
+            "auto",
+            torch.tensor([[[0.0]] * 2, [[0.1]] * 2, [[0.2]] * 2]),
+        ),
+    ],
 )
-def test_processes_know_the_projects_own_environments_and_torchrls(env, kwargs):
+def test_processes_know_the_projects_own_environments_and_torchrls(env, kwargs, here, actions):
     """They are new interpreters: what was registered or imported here is not there."""
     spec, seen = env_spec(env, kwargs), {}
-    for backend in ("auto" if kwargs else "gymnasium", "processes"):
+    for backend in (here, "processes"):
         made = make_env(spec, 2, seed=3, backend=backend)
         state, seen[backend] = made.reset(), []
-        for k in range(3):
-            action = torch.full((2, 1), 0.1 * k) if kwargs else torch.tensor([k, 0])
+        for action in actions:
             _, state = made.step_and_maybe_reset(state.set("action", action))
             seen[backend].append(state["observation"].clone())
         made.close()

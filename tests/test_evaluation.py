@@ -117,8 +117,11 @@ class SteppingAll(Evaluator):
 def test_environments_that_have_finished_are_left_alone_and_returns_are_the_same(backend, simulator, monkeypatch):
     if backend == "envpool":
         pytest.importorskip("envpool")
-    # Processes take seconds to start; Gymnasium steps and resets them as it does environments of this one.
-    here = lambda makers, context, **options: gymnasium.vector.SyncVectorEnv(makers, **options)  # noqa: E731
+
+    def here(makers, context, **options):
+        """Processes take seconds to start; Gymnasium steps and resets them as it does environments of this one."""
+        return gymnasium.vector.SyncVectorEnv(makers, **options)
+
     monkeypatch.setattr("gymnasium.vector.AsyncVectorEnv", here)
     asked, step = [], simulator.step
     monkeypatch.setattr(

@@ -48,7 +48,7 @@ def gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
 
     from . import registration  # noqa: F401  here, as simulators' processes know of no other import
 
-    if env.startswith("ALE/") or (importlib.util.find_spec("ale_py") and env.split("-")[0].endswith("NoFrameskip")):
+    if env.startswith("ALE/") or (env.split("-")[0].endswith("NoFrameskip") and importlib.util.find_spec("ale_py")):
         import ale_py
 
         gymnasium.register_envs(ale_py)
