@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--compile", action="store_true", help="losses and their gradients")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # as the command line does
@@ -98,6 +99,7 @@ def main() -> None:
         family="nature" if data.spec.frames else "paper",
         encoder_level=args.encoder_level,
         epochs=args.epochs,
+        compile=args.compile,
     )
     timer = Throughput(data)
     train(model, data, timer, accelerator=args.accelerator, precision=args.precision)

@@ -178,9 +178,9 @@ class MetaPPO(PPO):
         rule = STEP_RULES[self.step_rule]
         return rule(self.family, self._fresh, inputs, batch.targets, *batch.numbers.values())
 
-    def policy_normaliser(self) -> Normaliser:
-        """The running normaliser, corrected by what was learned."""
-        return self._normaliser if self.spec.frames else self.synthetic_batch.corrected(*self._normaliser)
+    def policy_normaliser(self) -> Normaliser | None:
+        """The running normaliser, corrected by what was learned; frames have none."""
+        return None if self.spec.frames else self.synthetic_batch.corrected(*self._normaliser)
 
     def actor_metrics(self) -> dict[str, Tensor]:
         numbers = {name: number.detach() for name, number in self.synthetic_batch.numbers.items()}

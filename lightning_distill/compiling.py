@@ -1,0 +1,65 @@
+"""Losses whose values and gradients come from one compiled graph: what an update of small networks costs is mostly the number of its operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .envs import ConfigError
+
+Batch = dict[str, Tensor]
+#: The critic's loss, the actor's (None unless it learns), and what is logged of that.
+Losses = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+
+
+class CompiledLosses:
+    """Losses of critic and actor, which share no parameter, as a function of a batch and of whether the actor learns.
+
+    What is compiled holds both backward passes, as one that goes through a compiled step would be a second derivative, which
+    ``torch.compile`` does not know. What is returned has its gradients already; going backward from it only hands them on.
+
+    Args:
+        losses: of a batch, and of whether the actor learns.
+        actor, critic: their parameters.
+    """
+
+    def __init__(
+        self, losses: Callable[[Batch, bool], Losses], actor: list[nn.Parameter], critic: list[nn.Parameter]
+    ) -> None:
+        import torch._dynamo  # takes a second, which nobody else should wait for
+
+        torch._dynamo.config.trace_autograd_ops = True  # the step's own gradient
+        self.losses, self.actor, self.critic = losses, actor, critic
+        self.compiled = torch.compile(self._differentiated, fullgraph=True, dynamic=False, isolate_recompiles=True)
+
+    def _differentiated(self, batch: Batch, learns: bool) -> tuple[Losses, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        value_loss, policy_loss, told = self.losses(batch, learns)
+        of_critic = torch.autograd.grad(value_loss, self.critic)
+        of_actor = torch.autograd.grad(policy_loss, self.actor, allow_unused=True) if learns else ()
+        told = {name: tensor.detach() for name, tensor in told.items()}
+        return (value_loss.detach(), policy_loss.detach() if learns else None, told), of_critic, of_actor
+
+    def __call__(self, batch: Batch, learns: bool) -> Losses:
+        try:
+            (value_loss, policy_loss, told), of_critic, of_actor = self.compiled(batch, learns)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model.compile=true: {reason}; allowed here is false") from error
+        value_loss = _Differentiated.apply(value_loss, of_critic, *self.critic)
+        return value_loss, _Differentiated.apply(policy_loss, of_actor, *self.actor) if learns else None, told
+
+
+class _Differentiated(torch.autograd.Function):
+    """A loss as a function of parameters by which it was differentiated before."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: nn.Parameter) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if gradient is None else factor * gradient for gradient in ctx.gradients)
