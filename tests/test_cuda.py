@@ -92,6 +92,7 @@ def test_frames_teach_as_on_a_cpu():
         ("cartpole_2d.yaml", 256, []),
         ("cartpole_2d.yaml", 256, ["--model.step_rule=newton"]),
         ("cartpole_2d.yaml", 256, ["--model.step_rule=line_search"]),
+        ("cartpole_2d.yaml", 256, ["--model.compile=true"]),
         ("halfcheetah.yaml", 256, ["--data.backend=gymnasium"]),
         ("general/halfcheetah.yaml", 512, ["--data.num_envs=16", "--data.backend=gymnasium"]),
         (
