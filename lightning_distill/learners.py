@@ -50,9 +50,14 @@ def tanh(inputs: Tensor) -> Tensor:
     """tanh; where that is faster, on AMD's processors in single precision, by the logistic function: 2 σ(2x) − 1, to 2·10⁻⁷.
 
     There ``torch.tanh`` takes ten times as long for a number as the logistic function does, and was a quarter of all updates;
-    on Intel's it takes a quarter of this one's time.
+    on Intel's it takes a quarter of this one's time. What is compiled has a tanh of its own.
     """
-    if not LOGISTIC_TANH or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+    if (
+        not LOGISTIC_TANH
+        or inputs.device.type != "cpu"
+        or inputs.dtype != torch.float32
+        or torch.compiler.is_compiling()
+    ):
         return torch.tanh(inputs)
     return _LogisticTanh.apply(inputs) if torch.is_grad_enabled() else _LogisticTanh.forward(inputs)
 
