@@ -1,8 +1,11 @@
-"""Experts: what is imitated. The learners of a distilled dataset together, or one policy trained by direct RL."""
+"""Experts: what is imitated. The learners of a distilled dataset together, one policy trained by direct RL, or any other policy."""
 
 from __future__ import annotations
 
+import pkgutil
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from .dataset import load
 from .envs import ConfigError, EnvSpec
 from .evaluation import check_matches, trained_family
 from .families import as_family, family_from
+from .learners import class_path
 from .ppo import PPO
 from .teaching import keep_random_state, teach_many
 
@@ -21,20 +25,22 @@ TAUGHT = 16
 
 
 class Expert(ABC):
-    """A policy to imitate.
+    """A policy to imitate. One of your own is a subclass, made as ``MyExpert(spec)`` of the environment's ``EnvSpec``.
 
     Attributes:
-        mean, std: the normaliser [*obs] of its observations.
-        log_std: log standard deviation [d] of its continuous actions; None if discrete.
+        mean, std: the normaliser [*obs] that learners' observations get; None: mean and standard deviation of the states that it
+            comes to first.
+        log_std: log standard deviation [d] of its continuous actions, in the environment's units: the noise with which it acts, and
+            learners after it; None if discrete.
     """
 
-    mean: Tensor
-    std: Tensor
-    log_std: Tensor | None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    log_std: Tensor | None = None
 
     @abstractmethod
     def output(self, observations: Tensor) -> Tensor:
-        """Logits or means [B, d] for an environment's observations [B, *obs]."""
+        """Logits or means [B, d], in the environment's units, for an environment's observations [B, *obs] (float32)."""
 
 
 class TaughtLearners(Expert):
@@ -94,10 +100,44 @@ class TrainedPolicy(Expert):
         return self.module.to(observations.device).present_output(observations)
 
 
-def expert_from(name: str, spec: EnvSpec) -> Expert:
-    """The expert of a checkpoint (``*.ckpt``) or of a dataset (any other path, or a name in the zoo).
+def expert_from(expert: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> Expert:
+    """The expert of a checkpoint (``*.ckpt``), of a class path (``package.module.Name``), or of a dataset (any other path, or a name in the zoo).
 
     Raises:
         ConfigError: there is none, or it is for other observations or actions than the environment's.
     """
-    return (TrainedPolicy if Path(name).suffix == ".ckpt" else TaughtLearners)(name, spec)
+    if isinstance(expert, str):
+        if Path(expert).suffix == ".ckpt":
+            return TrainedPolicy(expert, spec)
+        if not _is_class_path(expert):
+            return TaughtLearners(expert, spec)
+    return _own(expert, spec)
+
+
+def _is_class_path(name: str) -> bool:
+    dotted = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name)
+    return dotted is not None and not name.endswith(".safetensors") and not Path(name).exists()
+
+
+def _own(given: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> Expert:
+    """Somebody else's policy, looked at before anything is learned from it."""
+    name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
+    try:
+        found = pkgutil.resolve_name(given) if isinstance(given, str) else given
+        expert = found if isinstance(found, Expert) else found(spec)
+        if not isinstance(expert, Expert):
+            raise TypeError(f"is a {type(expert).__name__}; allowed are subclasses of lightning_distill.experts.Expert")
+        with torch.no_grad():
+            output = expert.output(torch.zeros(2, *spec.observation_shape))
+    except Exception as error:  # which may be any
+        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+    expected = {"output": (output, (2, spec.actions))}
+    if spec.action_type == "continuous":
+        expected["log_std"] = expert.log_std, (spec.actions,)
+    if expert.mean is not None or expert.std is not None:
+        expected |= {part: (getattr(expert, part), spec.observation_shape) for part in ("mean", "std")}
+    for part, (value, shape) in expected.items():
+        if getattr(value, "shape", None) != shape:
+            has = f"is {value!r}" if value is None else f"has shape {list(value.shape)}"
+            raise ConfigError(f"{name}: its {part} {has}; {spec.id} needs {list(shape)}")
+    return expert

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from .configs import check_numbers
 from .dataset import normalise
-from .envs import ConfigError, make_env, stream_seed
-from .experts import expert_from
+from .envs import ConfigError, EnvSpec, make_env, stream_seed
+from .experts import Expert, expert_from
 from .meta_ppo import MetaPPO
 from .policies import action_distribution
 from .ppo import OBSERVATION_CLIP, no_loss
@@ -41,8 +42,8 @@ class Imitation(MetaPPO):
 
     Args:
         spec: as in :class:`MetaPPO`.
-        expert: a checkpoint of :class:`PPO` (``*.ckpt``), or a dataset, by name in the zoo or by path; a dataset's expert is the
-            mean output of 16 learners taught on it.
+        expert: a checkpoint of :class:`PPO` (``*.ckpt``); a dataset, by name in the zoo or by path, whose expert is the
+            mean output of 16 learners taught on it; or any policy, as an :class:`Expert` or what makes one of the spec, by class path.
         expert_noise: times the expert's standard deviation, with which it acts at most: in each environment and rollout it is drawn
             between none and this (continuous actions). More of it shows states beside the expert's way, where learners come to be,
             while what is imitated stays its mean (DART, Laskey et al. 2017).
@@ -53,10 +54,12 @@ class Imitation(MetaPPO):
         kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
     """
 
+    OBJECTS = (*MetaPPO.OBJECTS, "expert")
+
     def __init__(
         self,
         spec: dict[str, Any],
-        expert: str,
+        expert: str | Callable[[EnvSpec], Expert],
         expert_noise: PositiveFloat = 1.0,
         replay: PositiveInt | None = None,
         lifetime: PositiveInt = 1,
@@ -78,7 +81,8 @@ class Imitation(MetaPPO):
         self.register_buffer("_bounds", bounds, persistent=False)
         if self.start is None:
             self.first_steps = EPISODES * STEPS
-            self._fix_normaliser(self._expert.mean, self._expert.std)
+            if self._expert.mean is not None:
+                self._fix_normaliser(self._expert.mean, self._expert.std)
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         return super().make_actor(log_std, -math.inf)  # noise is the expert's or the start's, however small
@@ -103,6 +107,10 @@ class Imitation(MetaPPO):
                 self._seen.extend(first)
             states = first["observation"]
             self.env_steps += len(states) * self.trainer.world_size
+            if self._expert.mean is None:
+                moments = self.observation_moments
+                moments.update(states, self._sum_over_processes)
+                self._fix_normaliser(moments.mean, moments.std)
             if self.spec.frames and self.encoder_level == 0:
                 mean, std = states.mean(0, dtype=torch.float32), self.observation_moments.std
                 self._fix_normaliser(self.trainer.strategy.broadcast(mean), std)

@@ -281,11 +281,11 @@ class ModuleFamily(LearnerFamily):
         return self._stacks[_shapes(params)].with_output_layer(params, weight, bias)
 
     def describe(self) -> dict[str, Any]:
-        return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": _described(self.factory)}}
+        return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": class_path(self.factory)}}
 
 
-def _described(factory: Any) -> str:
-    """Its class path; of a partial one the arguments too."""
+def class_path(factory: Any) -> str:
+    """Of a class or function; of a partial one the arguments too."""
     if isinstance(factory, partial):
         if (factory.func.__module__ or "").startswith("jsonargparse"):  # of a config's class_path and init_args
             factory = partial(factory.args[-1], **factory.keywords)
@@ -293,7 +293,7 @@ def _described(factory: Any) -> str:
             *map(_shown, factory.args),
             *(f"{name}={_shown(value)}" for name, value in factory.keywords.items()),
         ]
-        return f"functools.partial({', '.join([_described(factory.func), *arguments])})"
+        return f"functools.partial({', '.join([class_path(factory.func), *arguments])})"
     return f"{getattr(factory, '__module__', '?')}.{getattr(factory, '__qualname__', type(factory).__name__)}"
 
 

@@ -205,7 +205,7 @@ class DistillCLI(LightningCLI):
         except ValueError as error:
             # What a class says of its own arguments comes wrapped in what the parser tried: the innermost says it plainly.
             plain = error
-            while isinstance(plain.__cause__, ValueError):
+            while isinstance(plain.__cause__, ValueError) and not isinstance(plain, ConfigError):
                 plain = plain.__cause__
             if plain is error:
                 raise

@@ -21,6 +21,7 @@ from .checkpoints import AtomicCheckpointIO
 from .configs import check_seed
 from .dataset import load, write_atomically
 from .envs import ConfigError, env_spec
+from .experts import expert_from
 from .families import as_family
 from .loggers import gives_folders
 
@@ -125,7 +126,7 @@ def _check(config: dict[str, Any], places: list[str], several: bool) -> None:
         raise ConfigError(
             "checkpoint.monitor, trainer.limit_val_batches: the best of several runs is told by val/return of validations"
         )
-    env_spec(data["env"], data["env_kwargs"])
+    spec = env_spec(data["env"], data["env_kwargs"])
     options = model["init_args"]
     families = [options.get("family"), *(held_out.values() if isinstance(held_out, dict) else held_out)]
     for family in families:
@@ -133,13 +134,15 @@ def _check(config: dict[str, Any], places: list[str], several: bool) -> None:
             as_family(family)
     for option in ("start", "expert"):
         given = options.get(option)
-        place = next((place for place in places if given and given.startswith(f"{place}/")), None)
+        if not isinstance(given, str):  # none, or a class and its arguments
+            continue
+        place = next((place for place in places if given.startswith(f"{place}/")), None)
         if place and given.removeprefix(f"{place}/") not in WRITTEN:
             raise ConfigError(
                 f"model.{option}={given.removeprefix(place)!r} of an earlier run: it writes {', '.join(WRITTEN)}"
             )
-        if given and not place and not Path(given).is_file():
-            load(given)
+        if not place and not Path(given).is_file():
+            load(given) if option == "start" else expert_from(given, spec)
 
 
 def _check_checkpoints(trainer: dict[str, Any]) -> None:

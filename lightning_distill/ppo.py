@@ -121,6 +121,9 @@ class PPO(L.LightningModule):
             half a minute longer. On a CPU this needs a C++ compiler. For MLPs, not for mixtures, modules and frames.
     """
 
+    #: Arguments that may be objects.
+    OBJECTS: tuple[str, ...] = ("spec", "family", "optimizer", "critic_optimizer", "scheduler")
+
     def __init__(
         self,
         spec: dict[str, Any],
@@ -156,8 +159,7 @@ class PPO(L.LightningModule):
         if not 0 <= noise_falls_from < 1:
             raise ConfigError(f"model.noise_falls_from={noise_falls_from}: allowed are numbers from 0, below 1")
         # The command line gives plain values, all of which a checkpoint can hold; objects given in Python stay outside.
-        objects = ("spec", "family", "optimizer", "critic_optimizer", "scheduler")
-        self.save_hyperparameters(ignore=() if isinstance(spec, dict) else objects)
+        self.save_hyperparameters(ignore=() if isinstance(spec, dict) else self.OBJECTS)
         self.automatic_optimization = False
         self.spec = spec if isinstance(spec, EnvSpec) else EnvSpec(**spec)
         self.family = as_family(family)

@@ -43,13 +43,13 @@ def readers_folder(tmp_path, monkeypatch):
     """Where a reader has typed off the configs (whose first line names the file) and modules that documents speak of."""
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     for text in texts().values():
-        for block in blocks(text, "yaml"):
-            (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+        for block in (*blocks(text, "yaml"), *blocks(text, "python")):
+            if named := re.match(r"# (\w+\.\w+)\n", block):
+                (tmp_path / named[1]).write_text(block)
     for cell in (cell for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells):
         if cell.source.startswith("%%writefile "):
             first, _, content = cell.source.partition("\n")
             (tmp_path / first.split()[1]).write_text(content)
-    (tmp_path / "my_package.py").write_text(blocks(texts()["docs/your_own.md"], "python")[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 

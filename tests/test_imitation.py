@@ -1,6 +1,7 @@
 """Imitation: a dataset distilled into another one for other learners."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,15 +10,14 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
 from lightning_distill.envs import env_spec
-from lightning_distill.experts import TAUGHT
+from lightning_distill.experts import TAUGHT, Expert
 from lightning_distill.imitation import Imitation, divergence, within
 
 
 def other_learners(iterations, model=Imitation, **options):
     return small_run(
         model=model,
-        **options,
-        expert="cartpole_1d_plain",
+        **{"expert": "cartpole_1d_plain", **options},
         pairs=6,
         step_rule="newton",
         family=MLP(width=32, activation="relu"),
@@ -204,6 +204,73 @@ def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match="holds no policy"):
         Imitation(env_spec("CartPole-v1"), expert=str(tmp_path / "other.ckpt"))
+
+
+class Balance(Expert):
+    """CartPole-v1 by hand."""
+
+    def __init__(self, spec, strength=10.0):
+        self.strength = strength
+
+    def output(self, observations):
+        position, speed, angle, turning = observations.unbind(-1)
+        push = self.strength * (angle + turning + 0.1 * position + 0.2 * speed)
+        return torch.stack([-push, push], -1)
+
+
+@pytest.mark.parametrize("expert", ["test_imitation.Balance", Balance, Balance(None)])
+def test_learners_do_what_a_policy_of_ones_own_does(expert, tmp_path):
+    module = other_learners(25, expert=expert)
+    assert evaluate(module.distilled(), learners=50, greedy=True).mean > 300  # untaught learners reach 10
+    module.trainer.save_checkpoint(tmp_path / "own.ckpt")
+    state = torch.load(tmp_path / "own.ckpt", weights_only=True)["state_dict"]
+    assert state["env_steps"] == module.env_steps, "checkpoints hold no objects"
+
+
+def test_observations_are_normalised_as_a_policy_of_ones_own_meets_them():
+    states = []
+
+    class Seen(Balance):
+        def output(self, observations):
+            states.append(observations)
+            return super().output(observations)
+
+    module = other_learners(1, Untrained, expert=Seen)
+    met = torch.cat([state for state in states[1:] if len(state) == 16][:1000])
+    dataset = module.distilled()
+    torch.testing.assert_close(dataset.observation_mean, met.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(dataset.observation_std, met.std(0), atol=1e-4, rtol=1e-3)
+
+
+class Noiseless(Expert):
+    def __init__(self, spec, **parts):
+        vars(self).update(parts)
+        self.actions = spec.actions
+
+    def output(self, observations):
+        return observations.new_zeros(len(observations), self.actions)
+
+
+@pytest.mark.parametrize(
+    ("expert", "env", "message"),
+    [
+        (Noiseless, "Pendulum-v1", r"Noiseless'.*its log_std is None; Pendulum-v1 needs \[1\]"),
+        (partial(Noiseless, log_std=torch.zeros(2)), "Pendulum-v1", r"its log_std has shape \[2\]; .*needs \[1\]"),
+        (partial(Noiseless, mean=torch.zeros(4)), "CartPole-v1", r"its std is None; CartPole-v1 needs \[4\]"),
+        (Balance, "Pendulum-v1", r"model\.expert='test_imitation\.Balance': ValueError: not enough values"),
+        (MLP, "CartPole-v1", "TypeError"),
+        (
+            lambda spec: "cartpole_1d",
+            "CartPole-v1",
+            r"TypeError: is a str; allowed are subclasses of lightning_distill\.ex",
+        ),
+        ("test_imitation.Unbalanced", "CartPole-v1", r"model\.expert='test_imitation\.Unbalanced': AttributeError"),
+        ("no_such_module.Balance", "CartPole-v1", r"ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_of_ones_own_is_said(expert, env, message):
+    with pytest.raises(ConfigError, match=message):
+        Imitation(env_spec(env), expert=expert)
 
 
 class Drawn(Imitation):
