@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Options of ``data`` that say what is learned from; the others, how long, how fast, and with how many learners it is tested.
 OF_TRAJECTORIES = ("env", "env_kwargs", "max_episode_steps", "rollout_length")
+#: Those of ``model`` that say how fast it learns, not what: a run may go on with others.
+OF_SPEED = ("compile",)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -205,8 +207,9 @@ def last_checkpoint(root: str | Path, config: Mapping[str, Any]) -> Path | None:
         return {k: given(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
     def identity(settings: Mapping[str, Any]) -> Any:
-        data = settings.get("data") or {}
-        parts = (settings.get("seed_everything"), settings.get("model"), *map(data.get, OF_TRAJECTORIES))
+        data, model = settings.get("data") or {}, settings.get("model") or {}
+        options = {k: v for k, v in (model.get("init_args") or {}).items() if k not in OF_SPEED}
+        parts = (settings.get("seed_everything"), model | {"init_args": options}, *map(data.get, OF_TRAJECTORIES))
         return [given(part) or None for part in parts]
 
     newest_first = sorted(Path(root).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)

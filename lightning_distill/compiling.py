@@ -32,6 +32,7 @@ class CompiledLosses:
         import torch._dynamo  # takes a second, which nobody else should wait for
 
         torch._dynamo.config.trace_autograd_ops = True  # the step's own gradient
+        torch._dynamo.config.optimize_ddp = False  # which would cut the graph where gradients are summed over processes
         self.losses, self.actor, self.critic = losses, actor, critic
         self.compiled = torch.compile(self._differentiated, fullgraph=True, dynamic=False, isolate_recompiles=True)
 
@@ -46,7 +47,8 @@ class CompiledLosses:
         try:
             (value_loss, policy_loss, told), of_critic, of_actor = self.compiled(batch, learns)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            first, *others = str(error).strip().splitlines()
+            reason = f"{first} {others[0]}" if first.endswith("raised:") and others else first
             raise ConfigError(f"model.compile=true: {reason}; allowed here is false") from error
         value_loss = _Differentiated.apply(value_loss, of_critic, *self.critic)
         return value_loss, _Differentiated.apply(policy_loss, of_actor, *self.actor) if learns else None, told

@@ -28,19 +28,19 @@ class Expert(ABC):
     """A policy to imitate. One of your own is a subclass, made as ``MyExpert(spec)`` of the environment's ``EnvSpec``.
 
     Attributes:
-        mean, std: the normaliser [*obs] that learners' observations get; None: mean and standard deviation of the states that it
-            comes to first.
+        mean, std: the normaliser [*obs] that learners' observations get; None or left out: mean and standard deviation of the states
+            that it comes to first.
         log_std: log standard deviation [d] of its continuous actions, in the environment's units: the noise with which it acts, and
-            learners after it; None if discrete.
+            learners after it; None or left out if discrete.
     """
 
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    log_std: Tensor | None = None
+    mean: Tensor | None
+    std: Tensor | None
+    log_std: Tensor | None
 
     @abstractmethod
     def output(self, observations: Tensor) -> Tensor:
-        """Logits or means [B, d], in the environment's units, for an environment's observations [B, *obs] (float32)."""
+        """Logits or means [B, d], in the environment's units, for an environment's observations [B, *obs] (float32, on the device that trains)."""
 
 
 class TaughtLearners(Expert):
@@ -100,44 +100,60 @@ class TrainedPolicy(Expert):
         return self.module.to(observations.device).present_output(observations)
 
 
+class OwnPolicy(Expert):
+    """A policy from elsewhere, looked at before anything is learned from it; no gradient reaches it.
+
+    Args:
+        given: an :class:`Expert`, what makes one of the spec, or the class path of either.
+    """
+
+    def __init__(self, given: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> None:
+        name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
+        try:
+            found = pkgutil.resolve_name(given) if isinstance(given, str) else given
+            self.policy = found if isinstance(found, Expert) else found(spec)
+            if not isinstance(self.policy, Expert):
+                made = type(self.policy).__name__
+                raise TypeError(f"is a {made}; allowed are subclasses of lightning_distill.experts.Expert")
+            with torch.no_grad():
+                output = self.policy.output(torch.zeros(2, *spec.observation_shape))
+        except Exception as error:  # which may be any
+            raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+        has = {part: getattr(self.policy, part, None) for part in ("mean", "std", "log_std")} | {"output": output}
+        needed = {"output": (2, spec.actions)}
+        if spec.action_type == "continuous":
+            needed["log_std"] = (spec.actions,)
+        if has["mean"] is not None or has["std"] is not None:
+            needed |= dict.fromkeys(("mean", "std"), spec.observation_shape)
+        self.mean = self.std = self.log_std = None
+        for part, shape in needed.items():
+            value = has[part]
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                is_one = f"of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                raise ConfigError(f"{name}: its {part} is {is_one}; allowed are tensors of floating-point numbers")
+            if value.shape != shape:
+                raise ConfigError(f"{name}: its {part} has shape {list(value.shape)}; {spec.id} needs {list(shape)}")
+            if not value.isfinite().all():
+                raise ConfigError(f"{name}: its {part} is {value.tolist()}; allowed are finite numbers")
+            if part != "output":
+                setattr(self, part, value.detach().float())
+
+    @torch.no_grad()
+    def output(self, observations: Tensor) -> Tensor:
+        return self.policy.output(observations).to(observations)
+
+
 def expert_from(expert: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> Expert:
     """The expert of a checkpoint (``*.ckpt``), of a class path (``package.module.Name``), or of a dataset (any other path, or a name in the zoo).
 
     Raises:
         ConfigError: there is none, or it is for other observations or actions than the environment's.
     """
-    if isinstance(expert, str):
-        if Path(expert).suffix == ".ckpt":
-            return TrainedPolicy(expert, spec)
-        if not _is_class_path(expert):
-            return TaughtLearners(expert, spec)
-    return _own(expert, spec)
+    if not isinstance(expert, str) or _is_class_path(expert):
+        return OwnPolicy(expert, spec)
+    return (TrainedPolicy if Path(expert).suffix == ".ckpt" else TaughtLearners)(expert, spec)
 
 
 def _is_class_path(name: str) -> bool:
     dotted = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name)
-    return dotted is not None and not name.endswith(".safetensors") and not Path(name).exists()
-
-
-def _own(given: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> Expert:
-    """Somebody else's policy, looked at before anything is learned from it."""
-    name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
-    try:
-        found = pkgutil.resolve_name(given) if isinstance(given, str) else given
-        expert = found if isinstance(found, Expert) else found(spec)
-        if not isinstance(expert, Expert):
-            raise TypeError(f"is a {type(expert).__name__}; allowed are subclasses of lightning_distill.experts.Expert")
-        with torch.no_grad():
-            output = expert.output(torch.zeros(2, *spec.observation_shape))
-    except Exception as error:  # which may be any
-        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
-    expected = {"output": (output, (2, spec.actions))}
-    if spec.action_type == "continuous":
-        expected["log_std"] = expert.log_std, (spec.actions,)
-    if expert.mean is not None or expert.std is not None:
-        expected |= {part: (getattr(expert, part), spec.observation_shape) for part in ("mean", "std")}
-    for part, (value, shape) in expected.items():
-        if getattr(value, "shape", None) != shape:
-            has = f"is {value!r}" if value is None else f"has shape {list(value.shape)}"
-            raise ConfigError(f"{name}: its {part} {has}; {spec.id} needs {list(shape)}")
-    return expert
+    return dotted is not None and not name.endswith((".ckpt", ".safetensors")) and not Path(name).exists()

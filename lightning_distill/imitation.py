@@ -109,7 +109,7 @@ class Imitation(MetaPPO):
             self.env_steps += len(states) * self.trainer.world_size
             if self._expert.mean is None:
                 moments = self.observation_moments
-                moments.update(states, self._sum_over_processes)
+                moments.update(states.to(self.device), self._sum_over_processes)
                 self._fix_normaliser(moments.mean, moments.std)
             if self.spec.frames and self.encoder_level == 0:
                 mean, std = states.mean(0, dtype=torch.float32), self.observation_moments.std

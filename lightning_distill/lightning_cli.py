@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
-from .checkpoints import AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
+from .checkpoints import OF_SPEED, AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
 from .configs import check_seed, with_shipped_config
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
@@ -114,6 +114,9 @@ class DistillCLI(LightningCLI):
         chosen = self.config[self.config.subcommand]
         if self.config.subcommand != "fit" or chosen.ckpt_path is None:
             return
+        for name in OF_SPEED:
+            if (option := f"init_args.{name}") in given:
+                chosen.model[option] = given[option]
         for option, saved in self._model_options().items():
             if given.get(option) != saved:
                 name, value = f"model.{option}".replace("init_args.", "", 1), given.get(option)

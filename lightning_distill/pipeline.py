@@ -141,7 +141,7 @@ def _check(config: dict[str, Any], places: list[str], several: bool) -> None:
             raise ConfigError(
                 f"model.{option}={given.removeprefix(place)!r} of an earlier run: it writes {', '.join(WRITTEN)}"
             )
-        if not place and not Path(given).is_file():
+        if not place:
             load(given) if option == "start" else expert_from(given, spec)
 
 

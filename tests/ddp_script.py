@@ -1,6 +1,7 @@
 """Run by test_ddp in two processes: trains a little and writes down what each process ended with."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -13,7 +14,8 @@ from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from lightning_distill.evaluation import IN_DISTRIBUTION
 
 torch.set_num_threads(1)
-folder, iterations, game = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["game"]
+folder, iterations, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+game = what == "game"
 
 
 class Record(L.Callback):
@@ -49,6 +51,11 @@ else:
         "CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20, val_learners=5, episodes=2
     )
     module = MetaPPO(data.spec, pairs=3, learners=4)
+if (
+    what == "compiled"
+):  # by PyTorch's own operators, which is seconds sooner; a pass of more than one of DDP's buckets of gradients
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    module = MetaPPO(data.spec, pairs=50_000, learners=2, epochs=1, minibatches=1, compile=True)
 record = Record()
 trainer = L.Trainer(
     max_epochs=1,

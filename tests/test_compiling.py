@@ -9,6 +9,7 @@ from test_meta_ppo import small_run
 from torch import nn
 
 from lightning_distill import PPO, ConfigError, MetaPPO
+from lightning_distill.cli import main
 from lightning_distill.envs import env_spec
 from lightning_distill.imitation import Imitation
 
@@ -67,6 +68,16 @@ def test_python_is_out_of_the_loop():
         Counted.calls = 0
         small_run(model=Counted, pairs=3, learners=4, compile=compiled, **LEARNED)
         assert Counted.calls == calls
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_run_goes_on_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = ["fit", "--data.env=CartPole-v1", "--data.num_envs=8", "--data.rollout_length=16", "--model.learners=2"]
+    run += ["--held_out.families=[]", "--data.val_learners=1", "--data.test_learners=1", "--data.episodes=1"]
+    main([*run, "--data.env_steps=256", "--model.compile=true"])
+    main([*run, "--data.env_steps=512", "--ckpt_path=last"])
+    assert "going on from" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

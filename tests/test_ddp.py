@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return in_two_processes(folder, "20")
+    return in_two_processes(folder, "20", "cartpole")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,14 @@ def trained(rank):
     return module
 
 
-@pytest.mark.parametrize("which", ["ranks", "playing"])
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("compiled"), "2", "compiled")
+
+
+@pytest.mark.parametrize("which", ["ranks", "playing", "compiled"])
 def test_processes_agree_bit_for_bit(which, request):
-    """…after twenty iterations of cart-pole, and after two of a game."""
+    """…after twenty iterations of cart-pole, after two of a game, and after two of compiled losses."""
     first, second = request.getfixturevalue(which)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
@@ -80,6 +85,10 @@ def check_gradients(module, ranks):
 
 def test_gradients_of_two_processes_are_those_of_one_with_all_the_data(ranks):
     check_gradients(MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=8), ranks)
+
+
+def test_compiled_gradients_of_two_processes_are_those_of_one(compiled):
+    check_gradients(MetaPPO(env_spec("CartPole-v1"), pairs=50_000, learners=4), compiled)
 
 
 def test_gradients_of_an_encoder_are_those_of_one_process(playing):

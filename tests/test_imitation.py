@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from test_meta_ppo import small_run
+from torch import nn
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
@@ -242,6 +243,29 @@ def test_observations_are_normalised_as_a_policy_of_ones_own_meets_them():
     torch.testing.assert_close(dataset.observation_std, met.std(0), atol=1e-4, rtol=1e-3)
 
 
+class Network(nn.Module, Expert):
+    """With all that learns in it: a network, parameters for noise and normaliser, and doubles."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.body = nn.Linear(3, 1).double()
+        self.log_std, self.mean = (nn.Parameter(torch.zeros(size, dtype=torch.float64)) for size in (1, 3))
+        self.std = nn.Parameter(torch.ones(3))
+
+    def output(self, observations):
+        return self.body(observations.double())
+
+
+def test_nothing_of_a_policy_of_ones_own_is_trained():
+    module = small_run(
+        "Pendulum-v1", Imitation, expert=Network, pairs=4, learners=4, data={"collectors": 2, "env_steps": 16640}
+    )
+    assert not any("expert" in name for name in module.state_dict())
+    assert module._expert.policy.body.weight.grad is None
+    assert not module._expert.output(torch.zeros(2, 3)).requires_grad
+    assert module.env_steps == 16640
+
+
 class Noiseless(Expert):
     def __init__(self, spec, **parts):
         vars(self).update(parts)
@@ -254,9 +278,13 @@ class Noiseless(Expert):
 @pytest.mark.parametrize(
     ("expert", "env", "message"),
     [
-        (Noiseless, "Pendulum-v1", r"Noiseless'.*its log_std is None; Pendulum-v1 needs \[1\]"),
+        (Noiseless, "Pendulum-v1", r"Noiseless'.*its log_std is None; allowed are tensors of floating-point"),
+        (partial(Noiseless, log_std=-1.0), "Pendulum-v1", r"its log_std is -1\.0; allowed are tensors"),
+        (partial(Noiseless, log_std=torch.tensor([-1])), "Pendulum-v1", r"its log_std is of torch\.int64; allowed are"),
+        (partial(Noiseless, log_std=torch.tensor([-torch.inf])), "Pendulum-v1", r"its log_std is \[-inf\]; .*finite"),
+        (partial(Noiseless, output=lambda observations: [0.0]), "CartPole-v1", r"its output is \[0\.0\]; allowed are"),
         (partial(Noiseless, log_std=torch.zeros(2)), "Pendulum-v1", r"its log_std has shape \[2\]; .*needs \[1\]"),
-        (partial(Noiseless, mean=torch.zeros(4)), "CartPole-v1", r"its std is None; CartPole-v1 needs \[4\]"),
+        (partial(Noiseless, mean=torch.zeros(4)), "CartPole-v1", r"its std is None; allowed are tensors"),
         (Balance, "Pendulum-v1", r"model\.expert='test_imitation\.Balance': ValueError: not enough values"),
         (MLP, "CartPole-v1", "TypeError"),
         (
