@@ -318,7 +318,7 @@ def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
     try:
         if not path.exists():
             near = difflib.get_close_matches(str(name_or_path), shipped)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"which has {', '.join(shipped) or 'nothing'}"
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lightning-distill list` shows what is"
             raise DatasetError(f"no such file, and not in the zoo; {hint}")
         if not path.is_file():
             raise DatasetError("not a file")

@@ -43,8 +43,9 @@ IN_DISTRIBUTION = "in-distribution"
 TRAINED_POLICY = "trained policy"
 UNTAUGHT = "control: untaught"
 SHUFFLED = "control: shuffled targets"
+RANDOM = "control: random actions"
 #: Rows of tables that are not families'.
-ROWS = (IN_DISTRIBUTION, TRAINED_POLICY, UNTAUGHT, SHUFFLED)
+ROWS = (IN_DISTRIBUTION, TRAINED_POLICY, UNTAUGHT, SHUFFLED, RANDOM)
 
 #: Seeds of evaluations. A dataset is chosen by validation, so what is reported of it comes from another seed: by default
 #: that of the test at a run's end, whose returns the file states.
@@ -61,6 +62,24 @@ class StackedActor(Protocol):
 
     def __call__(self, observation: Tensor, sample: bool = False) -> Tensor:
         """Actions [learners, episodes] or [learners, episodes, d] for observations [learners, episodes, *obs]."""
+
+
+class RandomActions:
+    """Actions that know nothing of observations: uniform ones; of continuous actions without bounds standard normal ones."""
+
+    def __init__(self, spec: EnvSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, observation: Tensor, sample: bool = True) -> Tensor:
+        count, device = observation.shape[:2], observation.device
+        if self.spec.action_type == "discrete":
+            return torch.randint(self.spec.actions, count, device=device)
+        low, high = (torch.tensor(bound, device=device) for bound in (self.spec.action_low, self.spec.action_high))
+        drawn = (
+            torch.rand(*count, self.spec.actions, device=device),
+            torch.randn(*count, self.spec.actions, device=device),
+        )
+        return torch.where((high - low).isfinite(), low + drawn[0] * (high - low), drawn[1])
 
 
 @dataclass(frozen=True)
@@ -271,6 +290,13 @@ def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:
         )
 
 
+def check_begins(option: str, dataset: DistilledDataset, spec: EnvSpec) -> None:
+    """``check_matches`` for what a run begins with, and a warning where that is of another environment of the same shapes."""
+    check_matches(dataset, spec)
+    if dataset.env != spec.id:
+        logger.warning("%s: distilled from %s, but data.env=%r", option, dataset.env, spec.id)
+
+
 def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, rules: Sequence[str]) -> None:
     """Raise ``ConfigError`` unless learners of a family can be taught by these rules: two of them, on two pairs.
 
@@ -409,8 +435,8 @@ def evaluate_all(
         dataset: from :func:`lightning_distill.load`, or what that is given.
         families: name → family; the first is the one controls are drawn from. Default: the one that the dataset was
             distilled with, as ``in-distribution``.
-        controls: add rows of learners that were not taught, and of learners taught on shuffled targets (two pairs or
-            more): the same learners on the same start states.
+        controls: add rows of learners that were not taught, of learners taught on shuffled targets (two pairs or
+            more), and of actions drawn at random (sampled ones): the same learners on the same start states.
         kinds: of actions.
         step_rules: how learners are taught; default: as the dataset recommends, and by the plain step. Rows of another
             rule than the recommended one say so in their names.
@@ -422,7 +448,7 @@ def evaluate_all(
         name: as_family(family) for name, family in (families or {IN_DISTRIBUTION: trained_family(dataset)}).items()
     }
     step_rules = reported_rules(dataset) if step_rules is None else step_rules
-    if controls and (taken := {UNTAUGHT, SHUFFLED} & set(families)):
+    if controls and (taken := {UNTAUGHT, SHUFFLED, RANDOM} & set(families)):
         raise ConfigError(f"family: {', '.join(taken)}: the name of a control; allowed is any other")
     if "line_search" in step_rules and dataset.line_search_scale is None:
         dataset = with_line_search(dataset, own_family(dataset, families))
@@ -440,10 +466,13 @@ def evaluate_all(
             rows[SHUFFLED] = (shuffle_targets(dataset, seed), first, True, step_rules[0])
     evaluator = Evaluator(spec, learners, episodes, backend, threads, device, variation)
     try:
-        return {
+        table = {
             name: {kind: evaluator(pairs, family, kind == "greedy", seed, taught, rule) for kind in kinds}
             for name, (pairs, family, taught, rule) in rows.items()
         }
+        if controls and "sampled" in kinds:
+            table[RANDOM] = {"sampled": evaluator.play(lambda: RandomActions(spec), seed=seed)}
+        return table
     finally:
         evaluator.close()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoints import AtomicCheckpointIO
 from .dataset import load
 from .envs import ConfigError, EnvSpec
-from .evaluation import check_matches, trained_family
+from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
 from .learners import class_path
 from .ppo import PPO
@@ -49,7 +49,7 @@ class TaughtLearners(Expert):
     def __init__(self, name: str, spec: EnvSpec) -> None:
         try:
             dataset = load(name)
-            check_matches(dataset, spec)
+            check_begins(f"model.expert={name!r}", dataset, spec)
             family = trained_family(dataset)
         except ValueError as error:
             raise ConfigError(f"model.expert={name!r}: {error}") from None

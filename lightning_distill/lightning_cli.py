@@ -59,7 +59,9 @@ class DistillParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the parser's own, but without the types it tried in vain: what the chosen model class says comes first."""
-        super().error(_about_the_model(message), ex)
+        message = _about_the_model(message)
+        # What a parser within says comes wrapped in what the outermost one does.
+        super().error(_in_one_line(message) if self.exit_on_error else message, ex)
 
 
 def _about_the_model(message: str) -> str:
@@ -68,10 +70,25 @@ def _about_the_model(message: str) -> str:
         return message
     name, found, problem = message.partition("Problem with given class_path ")[2].partition(":\n")
     if not found:
-        return f"{message}\n  Allowed: MetaPPO, PPO, or the class path of a subclass of PPO"
+        allowed = "MetaPPO, PPO, or the class path of a subclass of PPO"
+        path = re.search(r"Expected a dot import path string: (\S+)", message)
+        return f"model={path[1]}: allowed are {allowed}" if path else f"{message}\n  Allowed: {allowed}"
     problem = textwrap.dedent(problem.split("\n    - Expected a <class 'NoneType'>")[0])
     problem = re.sub(r"^Option '(\w+)' is not accepted", rf"Option 'model.\1' is not accepted by {name}", problem)
     return re.sub(r'^Parser key "', 'Parser key "model.', problem)
+
+
+def _in_one_line(message: str) -> str:
+    """What is wrong with one option's value, without the types it is compared with; longer messages as they are."""
+    name, found, problem = message.removeprefix('Parser key "').partition('":\n')
+    if not found or not message.startswith("Parser key"):
+        return message
+    if "Union subtypes" in problem:
+        errors, _, value = problem.partition("Errors:\n    - ")[2].partition("\n  Given value type:")
+        reasons = [reason.strip() for reason in errors.split("\n    - ") if "<class 'NoneType'>" not in reason]
+        name, problem = f"{name}={value.partition('Given value: ')[2]}", "; ".join(reasons)
+    problem = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", problem.strip())
+    return message if "\n" in name + problem or not problem else f"{name}: {problem}"
 
 
 class DistillCLI(LightningCLI):

@@ -169,10 +169,13 @@ def _scene(dataset: DistilledDataset) -> tuple[float, Callable[[SubFigure], None
 
 def _heat_maps(figure: SubFigure, dataset: DistilledDataset) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[3, 1])
-    panels = (
+    label = "logit of action" if dataset.action_type == "discrete" else "action mean"
+    panels = [
         (left, dataset.observations.flatten(1), "observations, as learners are fed them", "entry"),
-        (right, dataset.targets, "targets", "logit of action" if dataset.action_type == "discrete" else "action mean"),
-    )
+        (right, dataset.targets, "targets", label),
+    ]
+    if dataset.encoded:  # of a game, whose frames have their targets beside them
+        panels[1] = (right, dataset.targets.softmax(-1), "probability of actions by the targets", "")
     for axes, values, title, label in panels:
         # A few extreme numbers would leave the others without colour.
         limit = max(values.abs().flatten().quantile(0.995, interpolation="higher").item(), 1e-6)
@@ -185,6 +188,8 @@ def _heat_maps(figure: SubFigure, dataset: DistilledDataset) -> None:
         axes.locator_params(integer=True)
         beyond = bool((values.abs() > limit).any())
         figure.colorbar(image, ax=axes, extend="both" if beyond else "neither")
+    if dataset.encoded:
+        right.set_xticks(range(dataset.outputs), _action_names(dataset), rotation=90, fontsize="x-small")
 
 
 def _shown(shown: int, dataset: DistilledDataset) -> str:

@@ -27,7 +27,7 @@ from .critics import make_critic
 from .data import Stage
 from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
-from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_matches
+from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_begins
 from .families import as_family
 from .learners import FIXED, Factory, LearnerFamily, Params, UnfitLearner
 from .mixtures import members
@@ -487,7 +487,10 @@ class PPO(L.LightningModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
-        self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
+        try:
+            self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
+        except ValueError as error:  # of Lightning: more iterations between validations than there are
+            raise ConfigError(f"trainer.val_check_interval={self.trainer.val_check_interval}: {error}") from error
         if self.critic_warmup >= self._iterations and not self.trainer.fast_dev_run:
             raise ConfigError(
                 f"model.critic_warmup={self.critic_warmup}: the run has {self._iterations} iterations, allowed are fewer"
@@ -608,7 +611,7 @@ class PPO(L.LightningModule):
     @torch.no_grad()
     def _begin_as(self, dataset: DistilledDataset) -> None:
         """Take what the dataset teaches, its encoder, noise and normaliser as the initial state."""
-        check_matches(dataset, self.spec)
+        check_begins(f"model.start={self.start!r}", dataset, self.spec)
         dataset = self._at_encoder_level(dataset)
         self.encoder.load_state_dict(dict(dataset.encoder))
         self._begin_actor_as(dataset)

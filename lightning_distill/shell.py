@@ -61,7 +61,7 @@ def evaluate(
         greedy: largest logit or mean action, instead of sampled actions.
         held_out: also every family of the default list of held-out ones; those the dataset was distilled with are marked.
         step_rule: sgd, line_search, newton or projection; default: the one the dataset recommends, and sgd.
-        controls: also learners that were not taught, and learners taught on shuffled targets.
+        controls: also learners that were not taught, learners taught on shuffled targets, and random actions.
         seed: of learners, start states and actions; the default's returns are those that files state.
         gravity: factor on gravity (MuJoCo).
         mass: factor on the masses of all bodies (MuJoCo).

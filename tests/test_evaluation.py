@@ -13,16 +13,18 @@ from handmade import make_dataset
 
 from lightning_distill import MLP, ConfigError, DistilledDataset, Variation, evaluate, evaluate_all
 from lightning_distill.callbacks.held_out import HeldOutLearners
-from lightning_distill.envs import env_spec, stream_seed
+from lightning_distill.envs import EnvSpec, env_spec, stream_seed
 from lightning_distill.envs.vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator
 from lightning_distill.evaluation import (
     IN_DISTRIBUTION,
+    RANDOM,
     SHUFFLED,
     TEST_SEED,
     UNTAUGHT,
     VALIDATION_SEED,
     Evaluation,
     Evaluator,
+    RandomActions,
     as_returns,
     shuffle_targets,
     trained_family,
@@ -144,18 +146,19 @@ def test_environments_that_have_finished_are_left_alone_and_returns_are_the_same
 
 def test_controls_differ_from_taught_learners():
     table = evaluate_all(signs_dataset(), learners=40, episodes=5)
-    assert list(table) == [IN_DISTRIBUTION, UNTAUGHT, SHUFFLED]
-    assert all(list(row) == ["sampled", "greedy"] for row in table.values())
-    greedy = {name: row["greedy"] for name, row in table.items()}
+    assert list(table) == [IN_DISTRIBUTION, UNTAUGHT, SHUFFLED, RANDOM]
+    assert list(table[RANDOM]) == ["sampled"]
+    assert all(list(row) == ["sampled", "greedy"] for name, row in table.items() if name != RANDOM)
+    greedy = {name: row["greedy"] for name, row in table.items() if name != RANDOM}
     assert torch.equal(greedy[IN_DISTRIBUTION].returns, lengths(40, 5).float())
     assert (greedy[SHUFFLED].returns == 0).all()
     # Untaught and linear without a bias: each learner is right always, never, or in one of the two states.
     assert greedy[UNTAUGHT].share(greedy[IN_DISTRIBUTION]) == pytest.approx(0.5, abs=0.25)
     assert (greedy[UNTAUGHT].returns <= lengths(40, 5)).all()
-    # Sampled: taught learners are right with probability σ(2), shuffled ones with σ(−2), untaught with one half.
+    # Sampled: taught learners are right with probability σ(2), shuffled ones with σ(−2), untaught and random ones with one half.
     steps = lengths(40, 5).sum().item()
     share = {name: row["sampled"].returns.sum().item() / steps for name, row in table.items()}
-    for name, logit in ((IN_DISTRIBUTION, 2.0), (UNTAUGHT, 0.0), (SHUFFLED, -2.0)):
+    for name, logit in ((IN_DISTRIBUTION, 2.0), (UNTAUGHT, 0.0), (SHUFFLED, -2.0), (RANDOM, 0.0)):
         assert share[name] == pytest.approx(1 / (1 + math.exp(-logit)), abs=0.06), name
 
 
@@ -168,6 +171,18 @@ def test_families_stand_beside_controls_and_controls_can_be_left_out():
     signs_dataset().with_metadata(returns=returns)  # what it says is what a dataset may hold
     one_pair = signs_dataset(observations=torch.ones(1, 1), targets=torch.ones(1, 2))
     assert SHUFFLED not in evaluate_all(one_pair, learners=2)
+
+
+def test_random_actions_are_uniform_within_bounds_and_normal_without():
+    spec = EnvSpec("Some-v0", (3,), "continuous", 2, (-1.0, -math.inf), (3.0, math.inf))
+    torch.manual_seed(0)
+    bounded, free = RandomActions(spec)(torch.zeros(100, 100, 3)).flatten(0, 1).unbind(-1)
+    assert bounded.min() >= -1
+    assert bounded.max() <= 3
+    assert bounded.mean() == pytest.approx(1.0, abs=0.05)
+    assert bounded.std() == pytest.approx(4 / math.sqrt(12), abs=0.05)
+    assert free.mean() == pytest.approx(0.0, abs=0.05)
+    assert free.std() == pytest.approx(1.0, abs=0.05)
 
 
 def test_shuffling_leaves_no_pair_as_it_was():

@@ -339,6 +339,17 @@ def test_a_warmup_of_the_critic_that_imitation_lacks_is_refused():
         Imitation(env_spec("CartPole-v1"), expert="cartpole_1d_plain", critic_warmup=3)
 
 
+def test_what_was_distilled_elsewhere_is_said(caplog):
+    Imitation(env_spec("InvertedPendulum-v4"), expert="inverted_pendulum", start="inverted_pendulum")
+    said = [record.getMessage() for record in caplog.records]
+    for option in ("expert", "start"):
+        expected = f"model.{option}='inverted_pendulum': distilled from InvertedPendulum-v5, but data.env='InvertedPendulum-v4'"
+        assert expected in said
+    caplog.clear()
+    MetaPPO(env_spec("InvertedPendulum-v5"), start="inverted_pendulum")
+    assert not caplog.records
+
+
 def test_a_run_starts_from_a_dataset():
     dataset = load("inverted_pendulum")
     module = MetaPPO(env_spec(dataset.env), start="inverted_pendulum", observation_gain=0.3)

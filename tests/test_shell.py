@@ -90,7 +90,8 @@ def test_evaluate_tells_what_the_api_tells(path, capsys):
 def test_evaluate_families_and_controls(path, capsys):
     main(["evaluate", path, "--learners", "3", "--controls", "--json", "--family", "in-distribution", "relu"])
     returns = read_json(capsys)["returns"]
-    assert list(returns) == ["in-distribution", "relu", "control: untaught", "control: shuffled targets"]
+    controls = [f"control: {name}" for name in ("untaught", "shuffled targets", "random actions")]
+    assert list(returns) == ["in-distribution", "relu", *controls]
     mean = {row: entry["sampled"]["mean"] for row, entry in returns.items()}
     assert returns["relu"]["sampled"]["share"] == pytest.approx(mean["relu"] / mean["in-distribution"])
     main(["evaluate", path, "--learners", "3", "--controls", "--family", "in-distribution", "relu"])
