@@ -81,7 +81,7 @@ class CollectorDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.check_learners(self.trainer.lightning_module.learners)
+            self.trainer.lightning_module.check_rollouts(self)
             self._warn_of_units()
             device = self.trainer.strategy.root_device.type
             if self.collectors > 1 and device != "cpu":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from .configs import check_numbers
+from .data import CollectorDataModule
 from .dataset import normalise
 from .envs import ConfigError, EnvSpec, make_env, stream_seed
 from .experts import Expert, expert_from
@@ -91,15 +92,19 @@ class Imitation(MetaPPO):
         super().leave_behind()
         self._seen = None
 
+    def check_rollouts(self, data: CollectorDataModule) -> None:
+        super().check_rollouts(data)
+        states = data.num_envs * data.rollout_length
+        if self.replay is not None and self.replay < states:
+            raise ConfigError(
+                f"model.replay={self.replay}: a rollout has {states} states; allowed are at least as many"
+            )
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.replay is not None:
             data = self.trainer.datamodule
             rollout = data.num_envs * data.rollout_length
-            if self.replay < rollout:
-                raise ConfigError(
-                    f"model.replay={self.replay}: a rollout has {rollout} states; allowed are at least as many"
-                )
             self._seen = TensorDictReplayBuffer(storage=LazyTensorStorage(self.replay), batch_size=rollout)
         if self.iteration == 0 and self.start is None:
             first = self._episodes()

@@ -232,7 +232,7 @@ class DistillCLI(LightningCLI):
             raise ConfigError(str(plain)) from error
         if self.subcommand == "fit":
             # Before loggers begin.
-            self.datamodule.check_learners(self.model.learners)
+            self.model.check_rollouts(self.datamodule)
             self.model.check_family()
             self.model.check_trainer(self.trainer)
 

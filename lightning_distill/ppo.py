@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .compiling import CompiledLosses, Losses
 from .configs import check_numbers
 from .critics import make_critic
-from .data import Stage
+from .data import CollectorDataModule, Stage
 from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_begins
@@ -329,10 +329,6 @@ class PPO(L.LightningModule):
         actor_optimizer, critic_optimizer = self.optimizers()
         actor_params, critic_params = list(self.actor.parameters()), self._critic_params()
         count = samples["advantage"].shape[1]
-        if count < self.minibatches:
-            raise ConfigError(
-                f"model.minibatches={self.minibatches}: a rollout has {count} samples of each learner; allowed are at most as many"
-            )
         device = samples["advantage"].device
         metrics: dict[str, list[Tensor]] = {}
         stopped = warming = int(self.iteration) < self.critic_warmup
@@ -520,6 +516,15 @@ class PPO(L.LightningModule):
         if trainer.max_epochs != 1:
             raise ConfigError(
                 f"trainer.max_epochs={trainer.max_epochs}: allowed is 1; one epoch is the whole run, data.env_steps says how long"
+            )
+
+    def check_rollouts(self, data: CollectorDataModule) -> None:
+        """Raise ``ConfigError`` for rollouts that this module cannot learn from."""
+        data.check_learners(self.learners)
+        samples = data.num_envs * data.rollout_length // self.learners
+        if samples < self.minibatches:
+            raise ConfigError(
+                f"model.minibatches={self.minibatches}: a rollout has {samples} samples of each learner; allowed are at most as many"
             )
 
     def on_fit_start(self) -> None:

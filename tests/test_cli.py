@@ -478,6 +478,7 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--data.num_envs=-3"], ["data.num_envs", "-3"]),
         (["--data.num_envs=30"], ["data.num_envs=30", "model.learners=8"]),
         (["--model.pears=3"], ["model.pears"]),
+        (["--model.minibatches=9999"], ["model.minibatches=9999: a rollout has ", "samples of each learner"]),
         (["--model.gamma=1.5"], ["model.gamma", "1.5"]),
         (["--model=PPO", "--model.pairs=3"], ["model.pairs", "PPO"]),
         (["--model=PPP"], ["error: model=PPP: allowed are MetaPPO, PPO, or "]),
