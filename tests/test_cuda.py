@@ -100,6 +100,11 @@ def test_frames_teach_as_on_a_cpu():
             512,
             ["--model.expert=halfcheetah_plain", "--data.num_envs=16", "--data.backend=gymnasium"],
         ),
+        (
+            "cartpole_1d.yaml",
+            256,
+            ["--model=lightning_distill.imitation.Imitation", "--model.expert=test_imitation.Balance"],
+        ),
         ("atari/pong.yaml", 256, [*GAME, "--model.encoder_level=0"]),
         ("atari/pong.yaml", 256, [*GAME, "--model.encoder_level=2", "--model.start=pong_l4"]),
         ("atari/pong.yaml", 256, [*GAME, "--model.encoder_level=4", "--trainer.precision=32-true"]),
