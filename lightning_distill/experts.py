@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,15 +120,8 @@ class OwnPolicy(Expert):
                 output = self.policy.output(torch.zeros(2, *spec.observation_shape))
         except Exception as error:  # which may be any
             raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
-        has = {part: getattr(self.policy, part, None) for part in ("mean", "std", "log_std")} | {"output": output}
-        needed = {"output": (2, spec.actions)}
-        if spec.action_type == "continuous":
-            needed["log_std"] = (spec.actions,)
-        if has["mean"] is not None or has["std"] is not None:
-            needed |= dict.fromkeys(("mean", "std"), spec.observation_shape)
-        self.mean = self.std = self.log_std = None
-        for part, shape in needed.items():
-            value = has[part]
+
+        def numbers(part: str, value: Any, shape: tuple[int, ...]) -> Tensor:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 is_one = f"of {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise ConfigError(f"{name}: its {part} is {is_one}; allowed are tensors of floating-point numbers")
@@ -135,8 +129,15 @@ class OwnPolicy(Expert):
                 raise ConfigError(f"{name}: its {part} has shape {list(value.shape)}; {spec.id} needs {list(shape)}")
             if not value.isfinite().all():
                 raise ConfigError(f"{name}: its {part} is {value.tolist()}; allowed are finite numbers")
-            if part != "output":
-                setattr(self, part, value.detach().float())
+            return value.detach().float()
+
+        numbers("output", output, (2, spec.actions))
+        mean, std, log_std = (getattr(self.policy, part, None) for part in ("mean", "std", "log_std"))
+        self.log_std = numbers("log_std", log_std, (spec.actions,)) if spec.action_type == "continuous" else None
+        self.mean = self.std = None
+        if mean is not None or std is not None:
+            shape = spec.observation_shape
+            self.mean, self.std = numbers("mean", mean, shape), numbers("std", std, shape)
 
     @torch.no_grad()
     def output(self, observations: Tensor) -> Tensor:

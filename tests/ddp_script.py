@@ -50,12 +50,12 @@ else:
     data = CollectorDataModule(
         "CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20, val_learners=5, episodes=2
     )
-    module = MetaPPO(data.spec, pairs=3, learners=4)
-if (
-    what == "compiled"
-):  # by PyTorch's own operators, which is seconds sooner; a pass of more than one of DDP's buckets of gradients
-    torch.compile = partial(torch.compile, backend="aot_eager")
-    module = MetaPPO(data.spec, pairs=50_000, learners=2, epochs=1, minibatches=1, compile=True)
+    if what == "compiled":
+        # By PyTorch's own operators, which is seconds sooner; more gradients than DDP's first bucket holds.
+        torch.compile = partial(torch.compile, backend="aot_eager")
+        module = MetaPPO(data.spec, pairs=50_000, learners=2, epochs=1, minibatches=1, compile=True)
+    else:
+        module = MetaPPO(data.spec, pairs=3, learners=4)
 record = Record()
 trainer = L.Trainer(
     max_epochs=1,

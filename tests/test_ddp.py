@@ -37,16 +37,16 @@ def playing(tmp_path_factory):
     return in_two_processes(tmp_path_factory.mktemp("game"), "2", "game")
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("compiled"), "2", "compiled")
+
+
 def trained(rank):
     """The module as it ended, without a trainer."""
     module = MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=4)
     module.load_state_dict(rank["state"])
     return module
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return in_two_processes(tmp_path_factory.mktemp("compiled"), "2", "compiled")
 
 
 @pytest.mark.parametrize("which", ["ranks", "playing", "compiled"])
