@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pkgutil
+import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -111,8 +111,10 @@ class OwnPolicy(Expert):
     def __init__(self, given: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> None:
         name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
         try:
-            found = pkgutil.resolve_name(given) if isinstance(given, str) else given
-            self.policy = found if isinstance(found, Expert) else found(spec)
+            if isinstance(given, str):
+                module, _, attribute = given.rpartition(".")
+                given = getattr(importlib.import_module(module), attribute)
+            self.policy = given if isinstance(given, Expert) else given(spec)
             if not isinstance(self.policy, Expert):
                 made = type(self.policy).__name__
                 raise TypeError(f"is a {made}; allowed are subclasses of lightning_distill.experts.Expert")

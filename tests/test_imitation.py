@@ -303,6 +303,16 @@ def test_what_is_wrong_with_a_policy_of_ones_own_is_said(expert, env, message):
         Imitation(env_spec(env), expert=expert)
 
 
+def test_why_the_module_of_a_policy_of_ones_own_cannot_be_imported_is_said(tmp_path, monkeypatch):
+    package = tmp_path / "own_policies"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "saved.py").write_text("import what_is_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"own_policies\.saved\.Mine'.*No module named 'what_is_not_installed'"):
+        Imitation(env_spec("CartPole-v1"), expert="own_policies.saved.Mine")
+
+
 class Drawn(Imitation):
     """Keeps what each iteration imitates, and what its rollout saw."""
 
