@@ -29,7 +29,7 @@ from .families import as_family, family_from
 from .learners import LearnerFamily
 from .mixtures import members
 from .nature import FRAMES
-from .teaching import StackedPolicy, chosen_rule, keep_random_state, teach_many, with_line_search
+from .teaching import StackedPolicy, chosen_rule, keep_random_state, seeded, teach_many, with_line_search
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -224,8 +224,8 @@ class Evaluator:
         # Environments outlive this call: nothing in them may be a tensor of a caller's inference mode.
         # In full precision, whatever a trainer's is: a file's returns are those that its user gets.
         exact = torch.autocast(self.device.type, enabled=False)
-        with keep_random_state(self.device), torch.inference_mode(False), torch.no_grad(), exact:
-            torch.manual_seed(stream_seed(seed, 1, evaluation=True))
+        random = seeded(stream_seed(seed, 1, evaluation=True), self.device)
+        with random, torch.inference_mode(False), torch.no_grad(), exact:
             policy = draw()
             env = self._env(stream_seed(seed, 2, evaluation=True))
             with simulator_threads(env):
@@ -399,9 +399,7 @@ def evaluate(
         threads=threads,
         device=device,
     )
-    if step_rule not in (None, dataset.step_rule):
-        return table[row_name(IN_DISTRIBUTION, step_rule, dataset)][kind]
-    return table[IN_DISTRIBUTION][kind]
+    return table[row_name(IN_DISTRIBUTION, step_rule or dataset.step_rule, dataset)][kind]
 
 
 def own_family(dataset: DistilledDataset, given: Mapping[str, LearnerFamily]) -> LearnerFamily:

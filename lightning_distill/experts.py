@@ -19,7 +19,7 @@ from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
 from .learners import class_path
 from .ppo import PPO
-from .teaching import keep_random_state, teach_many
+from .teaching import seeded, teach_many
 
 #: Taught learners whose mean output is a dataset's: what any of them does by chance is averaged out.
 TAUGHT = 16
@@ -55,8 +55,7 @@ class TaughtLearners(Expert):
         except ValueError as error:
             raise ConfigError(f"model.expert={name!r}: {error}") from None
         self.mean, self.std, self.log_std = dataset.observation_mean, dataset.observation_std, dataset.log_std
-        with keep_random_state(torch.device("cpu")):
-            torch.manual_seed(0)
+        with seeded(0):
             self.policy = teach_many(family, dataset, TAUGHT)
 
     def output(self, observations: Tensor) -> Tensor:

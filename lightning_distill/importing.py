@@ -25,7 +25,7 @@ from .evaluation import check_matches, trained_family
 from .learners import MLP
 from .moments import RunningMoments
 from .nature import FRAMES, LEVELS, WHITE, NatureCNN, make_encoder
-from .teaching import keep_random_state, teach_many
+from .teaching import seeded, teach_many
 
 DISCRETE, CONTINUOUS = ("x", "y", "inner_lr"), ("x", "y_mean", "y_logstd", "inner_lr")
 #: Fresh learners whose observations an estimated normaliser is made of.
@@ -106,8 +106,7 @@ def estimate_normaliser(dataset: DistilledDataset, steps: int, seed: int = 0) ->
     moments, taken = RunningMoments(spec.observation_shape), 0
     env = make_env(spec, LEARNERS, stream_seed(seed, 4))
     try:
-        with keep_random_state(torch.device("cpu")), torch.no_grad(), simulator_threads(env):
-            torch.manual_seed(stream_seed(seed, 5))
+        with seeded(stream_seed(seed, 5)), torch.no_grad(), simulator_threads(env):
             policy = teach_many(trained_family(dataset), dataset, LEARNERS)
             state = env.reset()
             while taken < steps:

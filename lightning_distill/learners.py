@@ -211,8 +211,12 @@ class MLP(LearnerFamily):
         return torch.baddbmm(params[f"{layer}.bias"], inputs, params[f"{layer}.weight"])
 
     def describe(self) -> dict[str, Any]:
-        names = ("width", "depth", "activation", "init", "gain", "output_gain", "norm")
-        return {"class_path": "lightning_distill.MLP", "init_args": {name: getattr(self, name) for name in names}}
+        # What learners depend on and no more: families that draw the same ones have one description.
+        names = ["depth", "init"]
+        names += ["width", "activation", "norm"] if self.depth else []
+        if self.init == "orthogonal":
+            names += ["gain", "output_gain"] if self.depth else ["output_gain"]
+        return described(self, MLP, {name: getattr(self, name) for name in names})
 
     @staticmethod
     def _orthogonal(k: int, fan_in: int, fan_out: int, gain: float, device: Any) -> tuple[Tensor, Tensor]:
@@ -282,6 +286,12 @@ class ModuleFamily(LearnerFamily):
 
     def describe(self) -> dict[str, Any]:
         return {"class_path": "lightning_distill.ModuleFamily", "init_args": {"factory": class_path(self.factory)}}
+
+
+def described(family: LearnerFamily, known: type[LearnerFamily], arguments: dict[str, Any]) -> dict[str, Any]:
+    """A family of a class of this package; one of a subclass, which may draw others, has that one's path."""
+    path = f"lightning_distill.{known.__name__}" if type(family) is known else class_path(type(family))
+    return {"class_path": path, "init_args": arguments}
 
 
 def class_path(factory: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .learners import FIXED, GROUP, MLP, Factory, LearnerFamily, Learners, Params, count_learners
+from .learners import FIXED, GROUP, MLP, Factory, LearnerFamily, Learners, Params, count_learners, described
 
 
 class Mixture(LearnerFamily):
@@ -74,9 +74,8 @@ class Mixture(LearnerFamily):
         return mapped
 
     def describe(self) -> dict[str, Any]:
-        described = [family.describe() for family in self.families]
-        arguments = {"families": described, "each": self.each, "weights": self.weights}
-        return {"class_path": "lightning_distill.Mixture", "init_args": arguments}
+        families = [family.describe() for family in self.families]
+        return described(self, Mixture, {"families": families, "each": self.each, "weights": self.weights})
 
 
 class MLPs(Mixture):
@@ -119,7 +118,7 @@ class MLPs(Mixture):
         super().__init__(families, each)
 
     def describe(self) -> dict[str, Any]:
-        return {"class_path": "lightning_distill.MLPs", "init_args": self.arguments | {"each": self.each}}
+        return described(self, MLPs, self.arguments | {"each": self.each})
 
 
 def members(family: LearnerFamily) -> list[LearnerFamily]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .learners import ACTIVATIONS, MLP, LearnerFamily, ModuleFamily, Params
+from .learners import ACTIVATIONS, MLP, LearnerFamily, ModuleFamily, Params, described
 
 FRAMES = (4, 84, 84)
 LEVELS = 4
@@ -233,9 +233,9 @@ class NatureCNN(LearnerFamily):
         return hidden
 
     def describe(self) -> dict[str, Any]:
-        names = ("width", "activation", "init", "gain", "output_gain")
+        names = ["width", "activation", "init"] + (["gain", "output_gain"] if self.init == "orthogonal" else [])
         arguments = {name: getattr(self, name) for name in names} | {"channels": list(self.channels)}
-        return {"class_path": "lightning_distill.NatureCNN", "init_args": arguments}
+        return described(self, NatureCNN, arguments)
 
 
 def _linear(params: Params, name: str, inputs: Tensor) -> Tensor:

@@ -270,9 +270,9 @@ class PPO(L.LightningModule):
         self.observation_moments.update(rollout["next", "observation"], self._sum_over_processes)
         self.iteration += 1
         self.env_steps += rollout.numel() * self.trainer.world_size
+        self._log(metrics, rollout.numel())
         for scheduler in self.lr_schedulers():
             scheduler.step()
-        self._log(metrics, rollout.numel())
 
     @torch.no_grad()
     def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
@@ -474,10 +474,10 @@ class PPO(L.LightningModule):
     # --- across processes ---------------------------------------------------------------------------------------
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum") if self.trainer.world_size > 1 else tensor
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _mean_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(tensor, reduce_op="mean") if self.trainer.world_size > 1 else tensor
+        return self.trainer.strategy.reduce(tensor, reduce_op="mean")
 
     # --- Lightning ----------------------------------------------------------------------------------------------
 

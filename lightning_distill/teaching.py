@@ -324,8 +324,7 @@ def with_encoder_level(dataset: DistilledDataset, level: int, family: LearnerFam
 def _mean_best_step(dataset: DistilledDataset, family: LearnerFamily, learners: int) -> Tensor:
     device = dataset.observations.device
     exactly = torch.autocast(device.type, enabled=False)  # also where a run that has another precision asks
-    with torch.inference_mode(False), torch.no_grad(), keep_random_state(device), exactly:
-        torch.manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad(), seeded(0, device), exactly:
         params = family.draw(learners, dataset.learner_shape, dataset.outputs, device)
         steps = best_steps(family, params, dataset.learner_inputs().clone(), dataset.targets.clone())
         return steps.clamp(min=torch.finfo(steps.dtype).tiny).log().mean().exp()
@@ -419,6 +418,18 @@ def _accepting(dataset: DistilledDataset) -> Iterator[None]:
 def keep_random_state(device: torch.device) -> Iterator[None]:
     """Torch's random state, on the CPU and on one device, is afterwards as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Random numbers on the CPU and on one device follow from a seed; what comes afterwards is what would have come without, on all devices."""
+    device = torch.device(device)
+    with keep_random_state(device):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU, of which one is restored
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .dataset import DistilledDataset
 from .envs import ConfigError, stream_seed
 from .envs.rendering import in_window, make_rendered
 from .evaluation import TEST_SEED, check_matches, played_in, trained_family
 from .learners import LearnerFamily
-from .teaching import keep_random_state, teach_many
+from .teaching import seeded, teach_many
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +92,7 @@ def record(
                 return
 
     try:
-        with keep_random_state(torch.device("cpu")):
-            torch.manual_seed(stream_seed(seed, 1, evaluation=True))
+        with seeded(stream_seed(seed, 1, evaluation=True)):
             policy = teach_many(family or trained_family(dataset), dataset, 1)
             if path is None:
                 deque(frames(), maxlen=0)  # the window shows them

@@ -197,6 +197,13 @@ def test_shuffling_leaves_no_pair_as_it_was():
         shuffle_targets(make_dataset(pairs=1))
 
 
+def test_an_evaluation_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    evaluate(signs_dataset(), learners=2)
+    assert not seeds
+
+
 def test_seeds_fix_everything_and_leave_the_callers_random_state_alone():
     dataset, options = signs_dataset(), {"learners": 6, "episodes": 4}
     random_state = torch.get_rng_state()

@@ -10,7 +10,7 @@ from handmade import make_dataset
 from test_teaching import MODULES, RandomFeatures
 from torch import nn
 
-from lightning_distill import MLP, Mixture, MLPs, ModuleFamily, teach_many
+from lightning_distill import MLP, Mixture, MLPs, ModuleFamily, NatureCNN, teach_many
 from lightning_distill.envs import ConfigError
 from lightning_distill.families import (
     FAMILIES,
@@ -102,6 +102,27 @@ def test_a_grid_is_every_combination():
     assert can_draw(grid, MLP(width=5, activation="relu", gain=2.0, norm="layer"))
     assert not can_draw(grid, MLP(width=5, activation="relu", gain=1.5))
     assert not can_draw(grid, MLP(width=4, gain=1.0))
+
+
+def test_what_makes_no_difference_makes_no_other_family():
+    grid = MLPs([64], [2], ["tanh", "relu"], ["orthogonal", "xavier", "kaiming", "default"], gains=[1.0, 2**0.5])
+    for name in ("paper", "relu", "gain_1", "xavier", "kaiming", "default_init"):
+        assert can_draw(grid, FAMILIES[name]), name
+    assert can_draw(MLP(depth=0, width=9, activation="relu"), FAMILIES["linear"])
+    assert can_draw(NatureCNN(init="xavier", gain=1.0), FRAME_FAMILIES["nature_xavier"]())
+    assert not can_draw(MLP(output_gain=1.0), FAMILIES["paper"])
+    assert not can_draw(MLP(depth=0, output_gain=1.0), FAMILIES["linear"])
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments"),
+    [(MLP, {}), (NatureCNN, {}), (Mixture, {"families": ["relu"]}), (MLPs, {"widths": [8], "depths": [1]})],
+)
+def test_a_class_of_ones_own_is_not_taken_for_what_it_was_made_of(base, arguments):
+    own = type("Own", (base,), {})(**arguments)
+    assert not can_draw(family_named("paper"), own)
+    with pytest.raises(ValueError, match=r"class_path='.*Own': from a description only families of lightning_distill"):
+        family_from(own.describe())
 
 
 def test_layer_norm_of_the_mlp_is_that_of_torch():

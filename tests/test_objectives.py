@@ -101,6 +101,14 @@ def test_running_moments_are_those_of_everything_seen():
     assert moments.count.item() == 208
 
 
+@pytest.mark.parametrize(("value", "count"), [(1_013_250.7, 3000), (10_000_001.0, 2000)])
+def test_what_never_varies_has_no_variance_however_large_it_is(value, count):
+    moments = RunningMoments((1,))
+    moments.update(torch.full((count, 1), value))
+    assert 0 <= moments.variance.item() < 0.1
+    assert moments.std.isfinite().all()
+
+
 def test_running_moments_of_two_processes_are_those_of_all_data():
     torch.manual_seed(0)
     first, second = torch.randn(50, 2) + 3, torch.randn(30, 2) * 2
