@@ -144,7 +144,7 @@ class DistilledDataset:
             _require(value is None or isinstance(value, kind), f"{key}: a JSON {type(value).__name__}, cannot be one")
         for key in INTEGER_KEYS:
             value = self.metadata.get(key, 0)
-            _require(isinstance(value, int), f"{key}={value!r}: expected an integer")
+            _require(isinstance(value, int) and not isinstance(value, bool), f"{key}={value!r}: expected an integer")
         _check_returns(self.metadata.get("returns") or {})
         level = str(self.metadata.get("encoder_level", "0"))
         _require(level in ENCODER_LEVELS, f"encoder_level={level!r}: allowed are {', '.join(ENCODER_LEVELS)}")
@@ -278,26 +278,34 @@ class DistilledDataset:
             # A range in env_kwargs may have no end; elsewhere no number is infinite.
             entries[key] = json.dumps(value, allow_nan=key == "env_kwargs") if key in JSON_KEYS else str(value)
         _check_size(entries)
-        content = save({name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}, entries)
+        content = save(
+            {
+                name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, value in self._tensors().items()
+            },
+            entries,
+        )
         return write_atomically(path, content)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
     """Replace ``path`` by ``content`` in one step, so that a crash or a full disk leaves the old file whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    target = Path(path).resolve()  # a link goes on leading there
+    if target.exists() and not target.is_file():
+        raise OSError(f"{str(path)!r} is no file that can be replaced by another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
+    return Path(path)
 
 
 def zoo() -> dict[str, Path]:

@@ -6,6 +6,7 @@ import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .dataset import load
 from .envs import ConfigError, EnvSpec
 from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
-from .learners import class_path
+from .learners import LearnerFamily, class_path
 from .ppo import PPO
 from .teaching import seeded, teach_many
 
@@ -80,11 +81,16 @@ class TrainedPolicy(Expert):
         try:
             # Options given in Python are not among the settings.
             named = settings.get("family")
-            family = as_family(named) if isinstance(named, str) else family_from(checkpoint["family"])
+            if isinstance(named, str):
+                family = as_family(named)
+            elif named and not named["class_path"].startswith("lightning_distill."):
+                family = _own_family(named["class_path"], named.get("init_args", {}))
+            else:
+                family = family_from(checkpoint["family"])
             names = ("encoder_level", "log_std_min")
             module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
             module.load_state_dict(state)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise ConfigError(f"model.expert={path!r}: its policy cannot be built ({error})") from None
         mine, its = [(s.observation_shape, s.action_type, s.actions) for s in (module.spec, spec)]
         if mine != its:
@@ -100,6 +106,17 @@ class TrainedPolicy(Expert):
         return self.module.to(observations.device).present_output(observations)
 
 
+def _own_family(path: str, arguments: dict[str, Any]) -> LearnerFamily:
+    """As a config's class path and arguments mean it."""
+    made = partial(_imported(path), **arguments)
+    return made() if isinstance(made.func, type) and issubclass(made.func, LearnerFamily) else as_family(made)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 class OwnPolicy(Expert):
     """A policy from elsewhere, looked at before anything is learned from it; no gradient reaches it.
 
@@ -111,8 +128,7 @@ class OwnPolicy(Expert):
         name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
         try:
             if isinstance(given, str):
-                module, _, attribute = given.rpartition(".")
-                given = getattr(importlib.import_module(module), attribute)
+                given = _imported(given)
             self.policy = given if isinstance(given, Expert) else given(spec)
             if not isinstance(self.policy, Expert):
                 made = type(self.policy).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import nullcontext
@@ -513,6 +514,11 @@ class PPO(L.LightningModule):
             raise ConfigError(
                 f"trainer.max_steps={trainer.max_steps}: allowed is -1; data.env_steps says how long a run is"
             )
+        if trainer.check_val_every_n_epoch not in (None, 1):
+            raise ConfigError(
+                f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}: allowed is 1; one epoch is the whole run, "
+                "trainer.val_check_interval says how often it is validated"
+            )
         if trainer.max_epochs != 1:
             raise ConfigError(
                 f"trainer.max_epochs={trainer.max_epochs}: allowed is 1; one epoch is the whole run, data.env_steps says how long"
@@ -543,6 +549,18 @@ class PPO(L.LightningModule):
             self._compiled = CompiledLosses(self._losses, list(self.actor.parameters()), self._critic_params())
         self._began_at = time.perf_counter()
 
+    def on_train_start(self) -> None:
+        """A run that goes on may be longer than it was: its schedulers take anew, over the present length, the steps that they have taken."""
+        for optimizer, scheduler in zip(
+            self.trainer.optimizers, [config.scheduler for config in self.trainer.lr_scheduler_configs], strict=True
+        ):
+            for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate  # as it begins: the optimiser's state has brought the one of the end
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                for _ in range(self.resumed[0]):
+                    scheduler.step()
+
     def on_fit_end(self) -> None:
         self.resumed = 0, 0
         self._compiled = None
@@ -555,6 +573,7 @@ class PPO(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"env": self.spec.as_dict(), "family": self.family.describe(), "seed": self.seed}
+        checkpoint["validated"] = bool(self.evaluations)  # since it learned last
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
@@ -562,12 +581,17 @@ class PPO(L.LightningModule):
         self.seed = checkpoint.get("seed", self.seed)
         if goes_on:
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
-        # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
+            checkpoint["lr_schedulers"] = []  # see on_train_start
         loop = checkpoint.get("loops", {}).get("fit_loop")
         if loop is not None:
+            # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
             loop["epoch_loop.batch_progress"]["is_last_batch"] = False
             for count in loop["epoch_progress"].values():
                 count["processed"] = count["completed"]
+            # A validation that was due when it stopped comes first, as one that has begun; Lightning would leave it out.
+            count = loop["epoch_loop.val_loop.batch_progress"]["total"]
+            begun = count["completed"] + (not checkpoint.get("validated", True))
+            count |= {"ready": begun, "started": begun, "processed": count["completed"]}
 
     def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
         distributed = self.trainer.world_size > 1

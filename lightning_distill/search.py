@@ -85,8 +85,11 @@ def _fit(config: str, pairs: int, folder: Path, options: Sequence[str]) -> Trial
             run = finished_run(folder.name, arguments, folder, file, subprocess.STDOUT)
     except ConfigError as error:
         lines = log.read_bytes()[before:].decode(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-        raise ConfigError(f"the run with {pairs} pairs failed, see {log}: {said} ({error})") from None
+        said = next((line.strip() for line in reversed(lines) if line.strip()), None)
+        why = (
+            f": {error}" if said is None else f", see {log}: {said} ({error})"
+        )  # without a word of it, it did not begin
+        raise ConfigError(f"the run with {pairs} pairs failed{why}") from None
     path = run / "distilled.safetensors"
     dataset = load(path)
     if IN_DISTRIBUTION not in dataset.metadata.get("returns", {}):

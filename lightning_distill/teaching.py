@@ -207,6 +207,7 @@ def teach(
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: is a {type(module).__name__}, expected an nn.Module")
+    module = _uncompiled(module)
     dataset = as_dataset(dataset)
     rule, numbers = chosen_rule(dataset, step_rule)
     # Autograd needs ordinary tensors, which a surrounding inference mode would not give.
@@ -269,8 +270,9 @@ def teach_many(
         else:
             if learners is not None or not family:
                 raise ValueError(f"learners={learners} with {len(family)} modules: allowed is None with 1 or more")
+            family = [_uncompiled(module) for module in family]
             params = stack_parameters(family)
-            stack = StackedModules(copy.deepcopy(family[0]))
+            stack = StackedModules(_copied(family[0]))
             with _accepting(dataset), keep_random_state(_like(params).device):
                 stack.check(family, params, dataset.learner_inputs()[:CHECKED].to(_like(params)))
         taught = _step(rule, numbers, stack, params, dataset)
@@ -330,11 +332,16 @@ def _mean_best_step(dataset: DistilledDataset, family: LearnerFamily, learners: 
         return steps.clamp(min=torch.finfo(steps.dtype).tiny).log().mean().exp()
 
 
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` was given, which has the same parameters: of what was compiled no layer's input can be seen."""
+    return getattr(module, "_orig_mod", module)
+
+
 def _copied(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module)
     except Exception as error:  # somebody else's module may hold anything
-        raise ValueError(f"module cannot be copied ({error}); in_place=True teaches the module itself") from error
+        raise ValueError(f"module cannot be copied ({error}); in_place=True of teach() teaches it itself") from error
 
 
 def chosen_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, list[Tensor]]:

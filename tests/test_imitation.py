@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from test_meta_ppo import small_run
+from test_teaching import RandomFeatures
 from torch import nn
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -195,6 +196,22 @@ def test_the_family_of_an_expert_may_have_been_named_by_another_path(policy_chec
     torch.save(checkpoint, tmp_path / "same.ckpt")
     module = Imitation(env_spec("Pendulum-v1"), expert=str(tmp_path / "same.ckpt"), pairs=8)
     assert module._expert.module.family.describe() == trained.family.describe()
+
+
+def test_the_family_of_an_expert_may_be_ones_own_with_arguments(tmp_path):
+    path = tmp_path / "own.ckpt"
+    trained = small_run("Pendulum-v1", PPO, iterations=1, family=partial(RandomFeatures, width=8))
+    trained.trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    named = {"class_path": "test_teaching.RandomFeatures", "init_args": {"width": 8}}
+    checkpoint["hyper_parameters"] |= {"family": named, "encoder_level": 0, "log_std_min": -3.0}
+    torch.save(checkpoint, path)
+    module, observations = Imitation(env_spec("Pendulum-v1"), expert=str(path), pairs=8), torch.randn(5, 3)
+    torch.testing.assert_close(module._expert.output(observations), trained.present_output(observations))
+    checkpoint["hyper_parameters"]["family"] = named | {"class_path": "no_such_module.Net"}
+    torch.save(checkpoint, path)
+    with pytest.raises(ConfigError, match=r"own\.ckpt'.*No module named 'no_such_module'"):
+        Imitation(env_spec("Pendulum-v1"), expert=str(path), pairs=8)
 
 
 def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):

@@ -371,7 +371,7 @@ def test_what_cannot_be_learned_from_is_named():
     with pytest.raises(ConfigError, match=r"model\.minibatches=4: a rollout has 2 samples"):
         small_run(learners=8, data={"rollout_length": 1})
     data = CollectorDataModule("CartPole-v1", env_steps=640, num_envs=16, rollout_length=20)
-    for option in ("max_steps", "max_epochs"):
+    for option in ("max_steps", "max_epochs", "check_val_every_n_epoch"):
         with pytest.raises(ConfigError, match=rf"trainer\.{option}=5"):
             trainer(**{option: 5}).fit(MetaPPO(data.spec, learners=4), data)
     with pytest.raises(ConfigError, match=r"model\.observation_gain=0\.5: frames"):

@@ -3,12 +3,14 @@
 import copy
 import csv
 import errno
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import probes  # noqa: F401  registers the probe environments
@@ -200,6 +202,81 @@ def test_best_dataset_comes_along_into_another_working_directory(here, monkeypat
     assert (here / "second" / "distilled.safetensors").read_bytes() == (
         here / "first" / "distilled.safetensors"
     ).read_bytes()
+
+
+def test_best_dataset_is_looked_for_beside_the_checkpoint(tmp_path, caplog):
+    """The run's folder has been moved; where it was, there is another run now."""
+    before, after = ExportDataset(), ExportDataset()
+    after.fits = True
+    before.folder, before.best_return, after.folder = tmp_path / "version_0", 3.0, tmp_path / "version_1"
+    for folder, seed in (("version_0", 1), ("moved", 2)):
+        make_dataset(metadata={"seed": seed}).save(tmp_path / folder / "distilled.safetensors")
+    loading = SimpleNamespace(ckpt_path=tmp_path / "moved" / "checkpoints" / "last.ckpt")
+    after.on_load_checkpoint(loading, None, {})
+    after.load_state_dict(before.state_dict())
+    assert load(tmp_path / "version_1" / "distilled.safetensors").metadata["seed"] == 2
+    assert not caplog.records
+    for folder in ("version_0", "moved"):
+        (tmp_path / folder / "distilled.safetensors").unlink()
+    lost = ExportDataset()
+    lost.fits, lost.folder = True, tmp_path / "version_2"
+    lost.on_load_checkpoint(loading, None, {})
+    lost.load_state_dict(before.state_dict())
+    assert lost.best_return is None
+    assert "the best dataset so far is not in" in caplog.text
+
+
+@pytest.mark.parametrize(("interrupted", "made_up_for"), [(2, [2, 4]), (4, [4])])
+def test_a_validation_that_was_interrupted_is_made_up_for(here, monkeypatch, interrupted, made_up_for):
+    validation, seen = MetaPPO.validation_step, []
+
+    def breaks(self, *args):
+        if self.iteration == interrupted:
+            raise RuntimeError("interrupted")
+        validation(self, *args)
+
+    def noted(self, *args):
+        seen.append(int(self.iteration))
+        validation(self, *args)
+
+    options = ["--data.env_steps=2560", "--trainer.val_check_interval=0.5"]
+    monkeypatch.setattr(MetaPPO, "validation_step", breaks)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(*options)
+    monkeypatch.setattr(MetaPPO, "validation_step", noted)
+    fit(*options, "--ckpt_path=last")
+    assert seen == made_up_for
+    assert (here / "runs" / "CartPole-v1" / "version_1" / "checkpoints" / "best.ckpt").is_file()
+    # What was validated when it stopped is not validated again.
+    fit("--data.env_steps=3200", "--trainer.val_check_interval=0.4", "--ckpt_path=last")
+    assert seen == made_up_for
+
+
+def test_a_longer_run_has_the_schedule_of_its_length(here):
+    """Of schedulers that compute a rate from the one before as well."""
+    fit("--data.env_steps=1_280", "--model.scheduler=CosineAnnealingLR")
+    fit("--data.env_steps=2_560", "--model.scheduler=CosineAnnealingLR", "--ckpt_path=last")
+    fit("--data.env_steps=2_560", "--model.scheduler=CosineAnnealingLR")
+    rates = []
+    for index in range(3):
+        with (here / "runs" / "CartPole-v1" / f"version_{index}" / "metrics.csv").open(newline="") as file:
+            rates.append(
+                [float(row["policy/optimizer_lr"]) for row in csv.DictReader(file) if row["policy/optimizer_lr"]]
+            )
+    assert rates[1] == pytest.approx(rates[2][2:])
+    assert rates[2] == pytest.approx([rates[2][0] * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
+
+
+def test_a_file_takes_the_place_of_files_alone(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "folder" / "file")
+    make_dataset().save(link)
+    assert link.is_symlink()
+    assert load(tmp_path / "folder" / "file").pairs == make_dataset().pairs
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe' is no file"):
+        make_dataset().save(pipe)
+    assert pipe.is_fifo()
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):

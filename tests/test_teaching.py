@@ -584,7 +584,22 @@ def test_a_module_that_cannot_be_copied_is_taught_in_place():
     module.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"module cannot be copied .*; in_place=True"):
         teach(module, make_dataset())
+    with pytest.raises(ValueError, match=r"module cannot be copied"):
+        teach_many([module], make_dataset())
     assert teach(module, make_dataset(), in_place=True)(torch.zeros(17)).shape == (6,)
+
+
+@pytest.mark.parametrize("step_rule", ["sgd", "newton"])
+def test_a_compiled_module_is_taught_as_what_was_compiled(step_rule):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(17, 8), nn.Tanh(), nn.Linear(8, 6))
+    compiled, dataset = torch.compile(module, backend="eager"), make_dataset(newton_ridge=torch.tensor(0.1))
+    compiled(torch.zeros(1, 17))
+    observations = torch.randn(5, 17)
+    expected = teach(module, dataset, step_rule)(observations)
+    torch.testing.assert_close(teach(compiled, dataset, step_rule)(observations), expected)
+    torch.testing.assert_close(teach_many([compiled], dataset, step_rule=step_rule)(observations[None])[0], expected)
+    assert torch.equal(teach(compiled, dataset, step_rule, in_place=True).module(observations), compiled(observations))
 
 
 def test_a_module_without_a_gradient_is_refused():

@@ -31,6 +31,7 @@ class ExportDataset(L.Callback):
         self.config = ""
         self.fits = False
         self.folder = Path()
+        self._loaded_from = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
         self.fits = self.fits or stage == "fit"
@@ -87,10 +88,21 @@ class ExportDataset(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"best_return": self.best_return, "folder": str(self.folder.resolve())}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: MetaPPO, checkpoint: dict[str, Any]) -> None:
+        self._loaded_from = Path(str(trainer.ckpt_path)).resolve().parent.parent
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A resumed run has a folder of its own: the best dataset so far comes along."""
-        best = Path(state_dict["folder"]) / "distilled.safetensors"
-        if self.fits and best.is_file():
-            self.best_return = state_dict["best_return"]
-            if best.parent != self.folder:
-                copy_atomically(best, self.folder / best.name)
+        """A resumed run has a folder of its own: the best dataset so far comes along.
+
+        It lies in the run's folder that the checkpoint is in, wherever that has been moved to; where it was at the time, another run may be.
+        """
+        if not self.fits or state_dict["best_return"] is None:
+            return
+        folders = [Path(self.dirpath)] if self.dirpath else [self._loaded_from, Path(state_dict["folder"])]
+        found = [folder / "distilled.safetensors" for folder in folders if (folder / "distilled.safetensors").is_file()]
+        if not found:
+            logger.warning("the best dataset so far is not in %s: starting to look for one anew", folders[0])
+            return
+        self.best_return = state_dict["best_return"]
+        if found[0].parent != self.folder.resolve():
+            copy_atomically(found[0], self.folder / found[0].name)

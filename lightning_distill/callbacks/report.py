@@ -115,9 +115,9 @@ class RunReport(L.Callback):
         )
 
     def _files(self, trainer: L.Trainer) -> list[tuple[Path, str]]:
-        folder = self.folder
+        folder, best = self.folder, " (best by validation)" if trainer.enable_validation else ""
         found = [
-            (folder / "distilled.safetensors", "the distilled dataset (best by validation)"),
+            (folder / "distilled.safetensors", f"the distilled dataset{best}"),
             (folder / "tested.safetensors", "the dataset that was tested"),
             (folder / "last.safetensors", "the dataset as it was at the end"),
             (folder / "report.html", "everything on one page"),
