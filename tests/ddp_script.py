@@ -12,6 +12,8 @@ from lightning_distill import CollectorDataModule, MetaPPO
 from lightning_distill.callbacks import ExportDataset, RunReport
 from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from lightning_distill.evaluation import IN_DISTRIBUTION
+from lightning_distill.experts import Expert
+from lightning_distill.imitation import Imitation
 
 torch.set_num_threads(1)
 folder, iterations, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -42,10 +44,25 @@ class Record(L.Callback):
             }
 
 
+class Swings(Expert):
+    """Pushes a pendulum the way it turns; observations are normalised as it meets them."""
+
+    log_std = torch.tensor([-1.0])
+
+    def output(self, observations):
+        return 2 * observations[..., 2:].sign()
+
+
 L.seed_everything(1, verbose=False)
 if game:  # an encoder learns along with the critic
     data = CollectorDataModule("ALE/Pong-v5", env_steps=2 * 4 * 8 * iterations, num_envs=4, rollout_length=8, threads=1)
     module = MetaPPO(data.spec, pairs=3, learners=2, encoder_level=4)
+elif what == "imitation":  # each process sees episodes of its own before the first rollout
+    own, rollout = 16 * 1000, 8 * 20
+    data = CollectorDataModule(
+        "Pendulum-v1", env_steps=2 * (own + rollout * iterations), num_envs=8, rollout_length=20, val_learners=4
+    )
+    module = Imitation(data.spec, expert=Swings(), pairs=4, learners=4, replay=3 * rollout)
 else:
     data = CollectorDataModule(
         "CartPole-v1", env_steps=2 * 16 * 20 * iterations, num_envs=16, rollout_length=20, val_learners=5, episodes=2

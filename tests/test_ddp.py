@@ -42,6 +42,11 @@ def compiled(tmp_path_factory):
     return in_two_processes(tmp_path_factory.mktemp("compiled"), "2", "compiled")
 
 
+@pytest.fixture(scope="module")
+def imitating(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("imitation"), "4", "imitation")
+
+
 def trained(rank):
     """The module as it ended, without a trainer."""
     module = MetaPPO(env_spec("CartPole-v1"), pairs=3, learners=4)
@@ -49,12 +54,21 @@ def trained(rank):
     return module
 
 
-@pytest.mark.parametrize("which", ["ranks", "playing", "compiled"])
+@pytest.mark.parametrize("which", ["ranks", "playing", "compiled", "imitating"])
 def test_processes_agree_bit_for_bit(which, request):
-    """…after twenty iterations of cart-pole, after two of a game, and after two of compiled losses."""
+    """…after twenty iterations of cart-pole, two of a game, two of compiled losses, and four of imitation."""
     first, second = request.getfixturevalue(which)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
+
+
+def test_an_expert_is_seen_by_all_processes(imitating):
+    first, second = imitating
+    assert first["state"]["env_steps"] == 2 * (16 * 1000 + 4 * 8 * 20)
+    assert not torch.equal(first["before"]["rollout"]["observation"], second["before"]["rollout"]["observation"])
+    # Of a pendulum's angle, over the episodes of both, the sum of squares of sine and cosine is 1.
+    mean, variance = (first["state"][f"observation_moments.{name}"][:2] for name in ("mean", "variance"))
+    assert (mean.square() + variance).sum().item() == pytest.approx(1, abs=1e-3)
 
 
 def expected_gradients(module, ranks):
