@@ -136,9 +136,9 @@ class Evaluation:
         """The worst learner's mean return."""
         return self.per_learner.min().item()
 
-    def share(self, reference: Evaluation) -> float:
-        """Mean return as a share of another's; NaN if that is not positive, as a share of a loss says nothing."""
-        return self.mean / reference.mean if reference.mean > 0 else math.nan
+    def share(self, reference: Evaluation) -> float | None:
+        """Mean return as a share of another's; None if that is not positive, as a share of a loss says nothing."""
+        return self.mean / reference.mean if reference.mean > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
         names = ("mean", "std", "ci95", "iqm", "worst")

@@ -44,7 +44,7 @@ def write_report(
     lead: str,
     evaluations: Evaluations,
     *,
-    players: str = "fresh learners after one step",
+    players: str,
     curves: Curves | None = None,
     pairs_picture: Path | None = None,
     snapshots: Sequence[DistilledDataset] = (),

@@ -52,10 +52,8 @@ def rows(evaluations: Evaluations) -> list[dict[str, Any]]:
 def shares(evaluations: Evaluations, kind: str) -> dict[str, float]:
     """Every other row's share of the in-distribution return; none if that is missing or not positive."""
     reference = evaluations.get(IN_DISTRIBUTION, {}).get(kind)
-    if reference is None or reference.mean <= 0:
+    if reference is None:
         return {}
-    return {
-        family: entry[kind].share(reference)
-        for family, entry in evaluations.items()
-        if family != IN_DISTRIBUTION and kind in entry
-    }
+    others = {family: entry for family, entry in evaluations.items() if family != IN_DISTRIBUTION and kind in entry}
+    found = {family: entry[kind].share(reference) for family, entry in others.items()}
+    return {family: share for family, share in found.items() if share is not None}

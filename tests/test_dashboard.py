@@ -219,11 +219,12 @@ def test_page_shows_markup_as_text(tmp_path):
         attack,
         attack,
         evaluations,
+        players=attack,
         environment={attack: [attack]},
         config=attack,
         files=[(Path(attack), attack)],
     )
-    assert "".join(Page(path).text).count(attack) == 9
+    assert "".join(Page(path).text).count(attack) == 10
 
 
 @pytest.mark.skipif(CHROMIUM is None and "GITHUB_ACTIONS" not in os.environ, reason="no browser here")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import lightning as L
@@ -70,7 +69,7 @@ class HeldOutLearners(L.Callback):
         share = evaluation.share(pl_module.evaluations[IN_DISTRIBUTION]["sampled"])
         pl_module.log(f"{prefix}/{name}/return", evaluation.mean, batch_size=1)
         pl_module.log(f"{prefix}/{name}/return_ci95", evaluation.ci95, batch_size=1)
-        if math.isfinite(share):
+        if share is not None:
             pl_module.log(f"{prefix}/{name}/share", share, batch_size=1)
 
 
