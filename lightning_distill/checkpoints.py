@@ -164,9 +164,10 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class StopTogether(L.Callback):
-    """SIGTERM to any of several processes ends all of them after the same iteration, so that they can save together.
+    """SIGTERM to any of several processes, or Ctrl-C, ends all of them after the same iteration, so that they can save together.
 
-    Lightning's own handler talks to the other processes at once, and waits for ever if they are busy talking of something else.
+    Lightning's own handler talks to the other processes at once, and waits for ever if they are busy talking of something else. A second
+    Ctrl-C does not wait.
     """
 
     def __init__(self) -> None:
@@ -177,11 +178,13 @@ class StopTogether(L.Callback):
             return
 
         def tell(*_: Any) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             if not self.told and trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
             self.told = True
 
-        signal.signal(signal.SIGTERM, tell)  # Lightning puts back what was there before at the end of the run
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, tell)  # Lightning puts back what was there before at the end of the run
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.told, all=False):

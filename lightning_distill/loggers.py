@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from .envs import ConfigError
+
 #: Loggers that give every run a folder of its own, if they are the first.
 MAKE_FOLDERS = ("RunFolder", "CSVLogger", "TensorBoardLogger")
 
@@ -27,6 +29,8 @@ class RunFolder(CSVLogger):
                 (Path(self.root_dir) / f"version_{version}").mkdir(parents=True)
             except FileExistsError:
                 continue
+            except OSError as error:
+                raise ConfigError(f"output folder {str(self.root_dir)!r} is not writable: {error.strerror}") from error
             return version
 
 

@@ -1,6 +1,7 @@
 """What a run shows of itself: W&B dashboard, sweep configs, the page for everybody else, and what it was made with."""
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -13,9 +14,12 @@ import pytest
 import torch
 import yaml
 
-from lightning_distill import load
+from lightning_distill import ConfigError, MetaPPO, load
+from lightning_distill.callbacks import Dashboard
 from lightning_distill.cli import main
+from lightning_distill.envs import env_spec
 from lightning_distill.evaluation import Evaluation
+from lightning_distill.families import family_named
 from lightning_distill.html_report import write_report
 from lightning_distill.provenance import git_revision
 
@@ -209,6 +213,21 @@ def test_page_is_whole_and_self_contained(finished):
                 for name, value in element.attrib.items():
                     assert not name.endswith("href") or value.startswith(("#", "data:image/"))
     assert kinds == ["svg+xml", "png", "svg+xml"], "curves, pairs, pairs over time"
+
+
+def test_what_cannot_be_drawn_is_said_before_the_run():
+    spec = dataclasses.replace(env_spec("Pendulum-v1"), id="torchrl.envs.PendulumEnv")
+    with pytest.raises(ConfigError, match="PendulumEnv' is a TorchRL environment, which cannot be drawn"):
+        Dashboard(video=True).on_fit_start(None, MetaPPO(spec))
+
+
+def test_a_video_that_fails_does_not_end_the_run(monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr("lightning_distill.watching.record", fails)
+    Dashboard(video=True)._log_video(None, load("cartpole_1d_plain"), family_named("paper"))
+    assert "no video: no display" in caplog.text
 
 
 def test_page_shows_markup_as_text(tmp_path):

@@ -107,12 +107,13 @@ def test_terminated_and_killed_runs_go_on_from_last(here):
     assert load(runs[2] / "distilled.safetensors").metadata["returns"]
 
 
-def test_terminated_processes_save_together(here):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_terminated_processes_save_together(here, number):
     run = here / "runs" / "CartPole-v1" / "version_0"
     last = run / "checkpoints" / "last.ckpt"
     both = started(here, "--data.env_steps=100_000_000", "--trainer.devices=2", OFTEN)
     wait_for(last.exists, both)
-    both.send_signal(signal.SIGTERM)
+    both.send_signal(number)
     assert both.wait(60) == 128 + signal.SIGTERM
     assert load(run / "last.safetensors").metadata["env_steps"] == env_steps(last) > 0
     assert not load(run / "last.safetensors").metadata["returns"], "those of a validation before are not of these pairs"
@@ -179,6 +180,12 @@ def test_runs_that_begin_at_once_have_a_folder_each(tmp_path):
     loggers = [RunFolder(tmp_path, name="CartPole-v1") for _ in range(3)]
     assert [Path(logger.log_dir).name for logger in loggers] == ["version_0", "version_1", "version_2"]
     assert loggers[0].version == 0, "and keep it"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "Ant-v5").touch()
+    with pytest.raises(ConfigError, match=r"output folder '.*Ant-v5' is not writable: Not a directory"):
+        RunFolder(tmp_path, name="Ant-v5").log_dir  # noqa: B018
 
 
 def test_several_best_checkpoints_need_several_names():

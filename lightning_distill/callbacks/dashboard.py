@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -11,10 +12,14 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
 from ..dataset import DistilledDataset
+from ..envs.rendering import make_rendered
 from ..evaluation import IN_DISTRIBUTION, as_returns
+from ..learners import LearnerFamily
 from ..meta_ppo import MetaPPO
 from ..ppo import PPO
 from ..tables import rows
+
+logger = logging.getLogger(__name__)
 
 
 class Dashboard(L.Callback):
@@ -31,6 +36,8 @@ class Dashboard(L.Callback):
         self.best_return: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: PPO) -> None:
+        if self.video and isinstance(pl_module, MetaPPO):
+            make_rendered(pl_module.spec.id, pl_module.spec.kwargs).close()  # it says why it cannot be drawn
         run = _wandb_run(trainer)
         if run is not None:
             run.define_metric("env_steps")
@@ -64,12 +71,20 @@ class Dashboard(L.Callback):
         dataset = _described(pl_module)
         _log_dataset(run, dataset, ["best-by-validation", "tested"])
         if self.video:
-            from ..watching import record
+            self._log_video(run, dataset, pl_module.family)
 
+    def _log_video(self, run: Any, dataset: DistilledDataset, family: LearnerFamily) -> None:
+        import wandb
+
+        from ..watching import record
+
+        try:
             with tempfile.TemporaryDirectory() as folder:
-                recording = record(dataset, Path(folder) / "taught.gif", family=pl_module.family)
+                recording = record(dataset, Path(folder) / "taught.gif", family=family)
                 caption = f"a fresh learner after one step: return {recording.total:.1f}"
                 run.log({"video/taught": wandb.Video(str(recording.path), caption=caption, format="gif")})
+        except Exception as error:  # a video is not worth a run's table and report, which come after it
+            logger.warning("no video: %s", error)
 
     def _log_pictures(self, run: Any, dataset: DistilledDataset) -> None:
         import wandb
