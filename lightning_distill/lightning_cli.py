@@ -229,6 +229,12 @@ class DistillCLI(LightningCLI):
                 plain = plain.__cause__
             if plain is error:
                 raise
+            # Of a list the innermost is that of a single one, which it was tried as first.
+            in_list = re.search(
+                r"Problem with given class_path '(\S+)':\n(.+?)(?=\n  - |\nGiven)", str(error), re.DOTALL
+            )
+            if str(plain).startswith("Not a valid subclass") and in_list:
+                plain = f"{in_list[1]}: {' '.join(in_list[2].split())}"
             raise ConfigError(str(plain)) from error
         if self.subcommand == "fit":
             # Before loggers begin.

@@ -282,6 +282,10 @@ def test_a_scheduler_may_be_a_function(here, monkeypatch):
             ["--config", CONF / "ant.yaml", "--model.start=halfcheetah_plain"],
             ["model.start='halfcheetah_plain'", "Ant-v5"],
         ),
+        (  # which is not installed
+            ["--config", CONF / "ant.yaml", "--trainer.logger=[{class_path: CometLogger}]"],
+            ["lightning.pytorch.loggers.CometLogger:", "comet"],
+        ),
         (
             ["--config", CONF / "ant.yaml", "--model.start=ant_plan"],
             ["model.start='ant_plan'", "did you mean ant_plain"],
