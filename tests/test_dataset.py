@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -115,6 +116,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.safetensors"]
     make_dataset(pairs=5).save(path)
     assert load(path).pairs == 5
+
+
+def test_tensors_that_share_memory_are_written_one_by_one(tmp_path):
+    given = make_dataset()
+    same = dataclasses.replace(given, observation_std=given.observation_mean.abs_().add_(1))
+    same.save(tmp_path / "same.safetensors")
+    assert torch.equal(load(tmp_path / "same.safetensors").observation_std, same.observation_mean)
+
+
+def test_true_is_no_integer():
+    with pytest.raises(DatasetError, match="seed=True: expected an integer"):
+        make_dataset(metadata={"seed": True})
 
 
 def test_a_loaded_dataset_is_independent_of_its_file(tmp_path):
