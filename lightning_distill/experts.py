@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints import AtomicCheckpointIO
 from .dataset import load
 from .envs import ConfigError, EnvSpec
 from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
-from .learners import LearnerFamily, class_path
+from .learners import LearnerFamily, ModuleFamily, class_path, imported
 from .ppo import PPO
 from .teaching import seeded, teach_many
 
@@ -107,14 +106,11 @@ class TrainedPolicy(Expert):
 
 
 def _own_family(path: str, arguments: dict[str, Any]) -> LearnerFamily:
-    """As a config's class path and arguments mean it."""
-    made = partial(_imported(path), **arguments)
-    return made() if isinstance(made.func, type) and issubclass(made.func, LearnerFamily) else as_family(made)
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    """As a config's class path and arguments mean it. A checkpoint may hold any words: only networks and families are made of them."""
+    found = imported(path)
+    if not isinstance(found, type) or not issubclass(found, nn.Module | LearnerFamily):
+        raise TypeError(f"family={path!r}: with arguments allowed are classes of nn.Module and LearnerFamily")
+    return found(**arguments) if issubclass(found, LearnerFamily) else ModuleFamily(partial(found, **arguments))
 
 
 class OwnPolicy(Expert):
@@ -128,7 +124,7 @@ class OwnPolicy(Expert):
         name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
         try:
             if isinstance(given, str):
-                given = _imported(given)
+                given = imported(given)
             self.policy = given if isinstance(given, Expert) else given(spec)
             if not isinstance(self.policy, Expert):
                 made = type(self.policy).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from torch import nn
 
 from . import architectures
 from .envs.spec import ConfigError
-from .learners import MLP, LearnerFamily, ModuleFamily
+from .learners import MLP, LearnerFamily, ModuleFamily, imported
 from .mixtures import Mixture, MLPs, members
 from .nature import FRAME_FAMILIES, FRAMES, NatureCNN
 
@@ -106,14 +105,13 @@ def family_named(name: str) -> LearnerFamily:
         return FAMILIES[name]
     if name in FRAME_FAMILIES:
         return FRAME_FAMILIES[name]()
-    module, _, attribute = name.rpartition(".")
-    if not module:
+    if not name.rpartition(".")[0]:
         raise ConfigError(
             f"family={name!r}: allowed are {', '.join((*FAMILIES, *FRAME_FAMILIES))}, and class paths (package.module.Name) of a "
             "LearnerFamily or of what makes an nn.Module from (observation_shape, outputs)"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = imported(name)
     except Exception as error:  # somebody else's module may raise anything
         raise ConfigError(
             f"family={name!r}: cannot be imported ({error}); modules in the working directory and installed ones can"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -292,6 +293,12 @@ def described(family: LearnerFamily, known: type[LearnerFamily], arguments: dict
     """A family of a class of this package; one of a subclass, which may draw others, has that one's path."""
     path = f"lightning_distill.{known.__name__}" if type(family) is known else class_path(type(family))
     return {"class_path": path, "init_args": arguments}
+
+
+def imported(path: str) -> Any:
+    """What a class path ``package.module.Name`` names; whatever its module raises is passed on."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def class_path(factory: Any) -> str:

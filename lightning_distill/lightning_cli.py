@@ -6,7 +6,6 @@ import inspect
 import logging
 import netrc
 import os
-import pkgutil
 import re
 import signal
 import sys
@@ -28,6 +27,7 @@ from .checkpoints import OF_SPEED, AtomicCheckpointIO, RunCheckpoint, StopTogeth
 from .configs import check_seed, with_shipped_config
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
+from .learners import imported
 from .loggers import MAKE_FOLDERS, gives_folders
 from .meta_ppo import MetaPPO
 from .ppo import PPO, check_env
@@ -193,7 +193,7 @@ class DistillCLI(LightningCLI):
         path = self._model_options().get("init_args.scheduler.class_path")
         if path is None:  # a function, or the default
             return
-        second = list(inspect.signature(pkgutil.resolve_name(path)).parameters)[1]
+        second = list(inspect.signature(imported(path)).parameters)[1]
         if second not in ITERATIONS:
             raise ConfigError(
                 f"model.scheduler={path}: called with an optimiser and the number of iterations, which it would take for its {second!r}; "

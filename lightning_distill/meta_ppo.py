@@ -24,7 +24,7 @@ from .learners import Params
 from .ppo import OBSERVATION_CLIP, PPO, Normaliser
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
-from .teaching import keep_random_state, with_encoder_level, with_plain_step
+from .teaching import seeded, with_encoder_level, with_plain_step
 from .versions import versions
 
 
@@ -163,9 +163,7 @@ class MetaPPO(PPO):
             return
         self._born = born
         # A resumed run draws those that live on again, as they were.
-        with keep_random_state(self.device) if age else nullcontext():
-            if age:
-                torch.manual_seed(stream_seed(*born[:3]))
+        with seeded(stream_seed(*born[:3]), self.device) if age else nullcontext():
             self._fresh = self.family.draw(self.learners, self.learner_shape, self.spec.actions, self.device)
 
     def on_fit_start(self) -> None:

@@ -54,9 +54,8 @@ class RunningMoments(nn.Module):
         count = torch.full_like(self.mean, len(values))
         count, first, second = reduce(torch.stack([count, shifted.sum(0), shifted.square().sum(0)]))
         delta = first / count
-        variance = (second / count - delta.square()).clamp(
-            min=0
-        )  # of what hardly varies about a large mean it is rounded off
+        # Of what hardly varies about a large mean, rounding may leave less than nothing.
+        variance = (second / count - delta.square()).clamp(min=0)
         total = self.count + count
         weight = count / total
         self.variance.copy_(self.variance * (1 - weight) + variance * weight + delta.square() * weight * (1 - weight))

@@ -551,9 +551,7 @@ class PPO(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on may be longer than it was: its schedulers take anew, over the present length, the steps that they have taken."""
-        for optimizer, scheduler in zip(
-            self.trainer.optimizers, [config.scheduler for config in self.trainer.lr_scheduler_configs], strict=True
-        ):
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
             for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate  # as it begins: the optimiser's state has brought the one of the end
             with warnings.catch_warnings():

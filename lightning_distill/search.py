@@ -86,9 +86,8 @@ def _fit(config: str, pairs: int, folder: Path, options: Sequence[str]) -> Trial
     except ConfigError as error:
         lines = log.read_bytes()[before:].decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), None)
-        why = (
-            f": {error}" if said is None else f", see {log}: {said} ({error})"
-        )  # without a word of it, it did not begin
+        # A run that said nothing did not begin.
+        why = f": {error}" if said is None else f", see {log}: {said} ({error})"
         raise ConfigError(f"the run with {pairs} pairs failed{why}") from None
     path = run / "distilled.safetensors"
     dataset = load(path)

@@ -437,6 +437,8 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        elif device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
         yield
 
 

@@ -31,6 +31,7 @@ from lightning_distill.evaluation import (
 )
 
 # --- an environment whose returns are known --------------------------------------------------------------------------
+from lightning_distill.teaching import seeded
 
 
 class Signs(gymnasium.Env):
@@ -202,6 +203,14 @@ def test_an_evaluation_on_the_cpu_leaves_gpus_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     evaluate(signs_dataset(), learners=2)
     assert not seeds
+
+
+def test_any_device_has_random_numbers_by_a_seed(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    with seeded(3, "mps"):
+        assert torch.initial_seed() == 3
+    assert seeds == [3]
 
 
 def test_seeds_fix_everything_and_leave_the_callers_random_state_alone():

@@ -212,6 +212,10 @@ def test_the_family_of_an_expert_may_be_ones_own_with_arguments(tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(ConfigError, match=r"own\.ckpt'.*No module named 'no_such_module'"):
         Imitation(env_spec("Pendulum-v1"), expert=str(path), pairs=8)
+    checkpoint["hyper_parameters"]["family"] = {"class_path": "os.system", "init_args": {"command": "exit"}}
+    torch.save(checkpoint, path)
+    with pytest.raises(ConfigError, match=r"family='os\.system': with arguments allowed are classes of nn\.Module"):
+        Imitation(env_spec("Pendulum-v1"), expert=str(path), pairs=8)
 
 
 def test_what_is_no_expert_is_named(policy_checkpoint, tmp_path):
@@ -277,6 +281,7 @@ class Network(nn.Module, Expert):
 def test_nothing_of_a_policy_of_ones_own_is_trained():
     module = small_run("Pendulum-v1", Imitation, expert=Network, pairs=4, learners=4, iterations=1)
     assert module.iteration == 1
+    assert module.env_steps == 16 * 1000 + module.trainer.datamodule.env_steps
     assert not any("expert" in name for name in module.state_dict())
     assert module._expert.policy.body.weight.grad is None
     assert not module._expert.output(torch.zeros(2, 3)).requires_grad

@@ -71,9 +71,13 @@ def env_steps(checkpoint):
     return int(torch.load(checkpoint, weights_only=True)["state_dict"]["env_steps"])
 
 
-def logged_steps(run):
+def logged(run, name):
     with (run / "metrics.csv").open(newline="") as file:
-        return [float(row["env_steps"]) for row in csv.DictReader(file) if row["env_steps"]]
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def logged_steps(run):
+    return logged(run, "env_steps")
 
 
 @pytest.fixture
@@ -264,12 +268,8 @@ def test_a_longer_run_has_the_schedule_of_its_length(here):
     fit("--data.env_steps=1_280", "--model.scheduler=CosineAnnealingLR")
     fit("--data.env_steps=2_560", "--model.scheduler=CosineAnnealingLR", "--ckpt_path=last")
     fit("--data.env_steps=2_560", "--model.scheduler=CosineAnnealingLR")
-    rates = []
-    for index in range(3):
-        with (here / "runs" / "CartPole-v1" / f"version_{index}" / "metrics.csv").open(newline="") as file:
-            rates.append(
-                [float(row["policy/optimizer_lr"]) for row in csv.DictReader(file) if row["policy/optimizer_lr"]]
-            )
+    runs = here / "runs" / "CartPole-v1"
+    rates = [logged(runs / f"version_{index}", "policy/optimizer_lr") for index in range(3)]
     assert rates[1] == pytest.approx(rates[2][2:])
     assert rates[2] == pytest.approx([rates[2][0] * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
 
