@@ -240,6 +240,7 @@ class DistillCLI(LightningCLI):
             # Before loggers begin.
             self.model.check_rollouts(self.datamodule)
             self.model.check_family()
+            self.model.check_optimizers()
             self.model.check_trainer(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -249,7 +250,10 @@ class DistillCLI(LightningCLI):
         if not isinstance(self.model, MetaPPO):
             # Direct RL has no dataset to write down or to teach others with: its policy is in the checkpoints.
             parser.callback_keys = [key for key in parser.callback_keys if key not in ("held_out", "export")]
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # of Lightning, of options that do not go together
+            raise ConfigError(f"trainer: {error}") from error
         for callback in trainer.callbacks:
             if isinstance(callback, ExportDataset):
                 callback.config = self.parser.dump(self.config)

@@ -483,6 +483,7 @@ class PPO(L.LightningModule):
     # --- Lightning ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        self.check_optimizers()
         optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         try:
             self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
@@ -532,6 +533,28 @@ class PPO(L.LightningModule):
             raise ConfigError(
                 f"model.minibatches={self.minibatches}: a rollout has {samples} samples of each learner; allowed are at most as many"
             )
+
+    def check_optimizers(self) -> None:
+        """Raise ``ConfigError`` unless optimisers and schedulers can be made for parameters like this module's and take a step."""
+        for name, params in (("optimizer", self.actor.parameters()), ("critic_optimizer", self._critic_params())):
+            copies = [nn.Parameter(param.detach().clone()) for param in params]
+            for copy in copies:
+                copy.grad = torch.zeros_like(copy)
+            try:
+                optimizer = getattr(self, name)(copies)
+                optimizer.step()
+            except Exception as error:  # somebody else's optimiser may raise anything
+                raise ConfigError(
+                    f"model.{name}: cannot be made for this module's parameters and take a step ({error}); allowed are optimisers of dense "
+                    "parameters of any shape whose step takes no closure, as Adam, AdamW, RMSprop and SGD"
+                ) from error
+            try:
+                self.scheduler(optimizer, 100)
+            except Exception as error:
+                raise ConfigError(
+                    f"model.scheduler: cannot be made of an optimiser and a number of iterations ({error}); allowed are schedulers that can, as "
+                    "LinearAnneal and CosineAnnealingLR"
+                ) from error
 
     def on_fit_start(self) -> None:
         self.check_trainer(self.trainer)

@@ -268,6 +268,21 @@ def test_a_precision_in_which_gradients_or_samples_are_others_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("argument", "make", "reason"),
+    [
+        ("optimizer", torch.optim.LBFGS, "closure"),
+        ("optimizer", torch.optim.Muon, "2D"),
+        ("critic_optimizer", torch.optim.SparseAdam, "dense"),
+        ("critic_optimizer", lambda params: torch.optim.SGD(params, lr=-1), "-1"),
+        ("scheduler", torch.optim.lr_scheduler.OneCycleLR, "total_steps"),
+    ],
+)
+def test_an_optimiser_or_scheduler_that_cannot_work_is_refused_at_once(argument, make, reason):
+    with pytest.raises(ConfigError, match=rf"model\.{argument}: .*{reason}.*allowed"):
+        small_run(**{argument: make})
+
+
+@pytest.mark.parametrize(
     ("argument", "value", "allowed"),
     [
         ("pairs", 0, "v>0"),

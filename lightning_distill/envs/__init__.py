@@ -92,12 +92,14 @@ def _known_warnings_filtered() -> Iterator[None]:
 def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     import gymnasium
 
-    from .vector import gymnasium_env
+    from .vector import gymnasium_env, register_games
 
     try:
         with _known_warnings_filtered():
             return gymnasium_env(env, kwargs)
     except (gymnasium.error.Error, ImportError) as error:
+        if importlib.util.find_spec("ale_py"):
+            register_games()
         close = difflib.get_close_matches(env, gymnasium.registry.keys() - {env}, n=3, cutoff=0.6)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ConfigError(
