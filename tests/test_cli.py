@@ -451,8 +451,11 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         config,
         "--trainer.fast_dev_run=true",
         "--trainer.accelerator=cpu",
-        "--data.rollout_length=25",  # as short as may be, one pass over it: what is tried is the config
+        # As short as may be, one pass over it, validated by two of the learners that it trains: what is tried is the config.
+        "--data.rollout_length=25",
         "--model.epochs=1",
+        "--data.val_learners=2",
+        "--held_out.at_validation=0",
         monkeypatch=monkeypatch,
     )
     assert not list(here.rglob("*.safetensors")), "a development run leaves nothing behind"

@@ -69,7 +69,7 @@ def test_a_share_of_a_loss_says_nothing_and_its_run_is_kept(tmp_path):
 def test_a_search_that_is_told_to_end_goes_on(config, tmp_path):
     """Its run saves first, and is not left alone; the same search goes on from there, without loggers, which number runs, too."""
     options = [option for option in SHORT if not option.startswith("data.env_steps")]
-    options += ["data.env_steps=300000", "last_checkpoint.minutes=1e-9"]
+    options += ["data.env_steps=60000", "last_checkpoint.minutes=1e-9"]
     command = ["search", config, "--pairs", "2", "--level", "30", "-o", str(tmp_path / "out"), "--option", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "lightning_distill.cli", *command]
@@ -80,7 +80,7 @@ def test_a_search_that_is_told_to_end_goes_on(config, tmp_path):
     assert "the run with 2 pairs failed" in process.communicate(timeout=60)[1]
     assert process.returncode == 2
     saved, stopped_at = last.stat().st_mtime, env_steps(last)
-    assert 0 < stopped_at < 300_000
+    assert 0 < stopped_at < 60_000
     found, *_ = smallest(config, [2], 30.0, 0.9, tmp_path / "out", [f"--{option}" for option in options])
     assert last.stat().st_mtime == saved, "the run that was stopped has ended with its search"
     assert found.path.is_relative_to(tmp_path / "out" / "pairs_2" / "start_1")
