@@ -96,10 +96,12 @@ def _read(path: str) -> dict[str, list[str]]:
         try:
             for command in commands:
                 _arguments(command, dict.fromkeys(known, ""))
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
             raise ConfigError(
                 f"pipeline={path!r}: stage {name!r} speaks of {error}; allowed are earlier stages: {', '.join(known) or 'none'}"
             ) from None
+        except ValueError as error:  # of quotes that do not close, or a $ that is of no name
+            raise ConfigError(f"pipeline={path!r}: stage {name!r}: {error}") from None
         known.append(name)
     return stages
 
@@ -195,7 +197,6 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
     Raises:
         ConfigError: the arguments are not understood, or the run failed.
     """
-    arguments = [*arguments, "--export.dirpath=null"]  # each run has its dataset in its own folder
     record, begun, config = root / "finished.json", root / "begun.yaml", config_of(arguments)
     trainer = yaml.safe_load(config)["trainer"]
     _check_checkpoints(trainer)

@@ -87,6 +87,8 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
         ("1: --data.env=CartPole-v1", "names of letters, digits and _"),
         ("a-b: --data.env=CartPole-v1", "names of letters, digits and _"),
         ("a: [", "not YAML"),
+        ("a: --data.env='CartPole-v1", "stage 'a': No closing quotation"),
+        ("a: --data.env=$", "stage 'a': Invalid placeholder"),
         (
             "a: --model.start=${b}/x\nb: --data.env=CartPole-v1",
             "stage 'a' speaks of 'b'; allowed are earlier stages: none",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_nothing_is_lost import env_steps, wait_for
@@ -34,7 +36,7 @@ def config(tmp_path):
     return str(path)
 
 
-def test_least_number_of_pairs_that_suffices(config, tmp_path, capsys):
+def test_least_number_of_pairs_that_suffices(config, tmp_path, capsys, monkeypatch):
     arguments = ["search", config, "--pairs", "2", "1", "--level", "30", "--output", str(tmp_path / "out"), "--json"]
     main([*arguments, "--option", *SHORT])
     answer = json.loads(capsys.readouterr().out)
@@ -44,6 +46,11 @@ def test_least_number_of_pairs_that_suffices(config, tmp_path, capsys):
     assert last["pairs"] == answer["smallest"]
     assert last["mean"] >= 30
     assert load(last["path"]).pairs == answer["smallest"]
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    table = importlib.import_module("pairs").table([tmp_path / "out"])
+    assert [int(row.split("|")[2]) for row in table.splitlines()[2:]] == tried
+    with pytest.raises(SystemExit, match="no finished run"):
+        importlib.import_module("pairs").table([tmp_path])
     written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
     main([*arguments, "--level", "31", "--option", *SHORT, "data.env_steps=60000"])
     again = json.loads(capsys.readouterr().out)

@@ -19,14 +19,10 @@ logger = logging.getLogger(__name__)
 
 class ExportDataset(L.Callback):
     """Writes ``distilled.safetensors`` (best by validation) and ``last.safetensors``, whole or not at all; a test without a
-    ``fit`` before it writes ``tested.safetensors``.
-
-    Args:
-        dirpath: folder of the files; default: the run's log folder.
+    ``fit`` before it writes ``tested.safetensors``. They go to the run's log folder.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
-        self.dirpath = dirpath
+    def __init__(self) -> None:
         self.best_return: float | None = None
         self.config = ""
         self.fits = False
@@ -36,7 +32,7 @@ class ExportDataset(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
         self.fits = self.fits or stage == "fit"
         # Asked for here, on every process, as the answer is a broadcast.
-        self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.fast_dev_run:
             return
         try:
@@ -98,7 +94,7 @@ class ExportDataset(L.Callback):
         """
         if not self.fits or state_dict["best_return"] is None:
             return
-        folders = [Path(self.dirpath)] if self.dirpath else [self._loaded_from, Path(state_dict["folder"])]
+        folders = [self._loaded_from, Path(state_dict["folder"])]
         found = [folder / "distilled.safetensors" for folder in folders if (folder / "distilled.safetensors").is_file()]
         if not found:
             logger.warning("the best dataset so far is not in %s: starting to look for one anew", folders[0])

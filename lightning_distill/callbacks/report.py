@@ -14,7 +14,6 @@ from ..dataset import DistilledDataset, write_atomically
 from ..meta_ppo import MetaPPO
 from ..ppo import PPO
 from ..provenance import describe_run
-from .export import ExportDataset
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ class RunReport(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: PPO, stage: str) -> None:
         # Asked for here, on every process, as the answer is a broadcast.
-        export = next((c for c in trainer.callbacks if isinstance(c, ExportDataset)), None)
-        self.folder = Path((export and export.dirpath) or trainer.log_dir or trainer.default_root_dir)
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PPO) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
