@@ -27,7 +27,9 @@ def table(folders: list[Path]) -> str:
     for folder in folders:
         runs = [Path(json.loads(path.read_text())["folder"]) for path in folder.glob("pairs_*/finished.json")]
         if not runs:
-            raise SystemExit(f"error: no finished run in {folder}; allowed are --output folders of lightning-distill search")
+            raise SystemExit(
+                f"error: no finished run in {folder}; allowed are --output folders of lightning-distill search"
+            )
         for dataset in sorted((load(run / "distilled.safetensors") for run in runs), key=len):
             kinds = dataset.metadata["returns"]["in-distribution"]
             cells = [marked.interval(kinds[kind]) for kind in ("sampled", "greedy")]

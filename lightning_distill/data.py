@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -18,7 +17,7 @@ from jsonargparse.typing import PositiveInt
 
 from .configs import check_numbers
 from .dataset import DistilledDataset
-from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed
+from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed, usable_cores
 from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator, StackedActor
 from .learners import LearnerFamily
 
@@ -73,7 +72,7 @@ class CollectorDataModule(L.LightningDataModule):
         self.spec = env_spec(env, env_kwargs)
         self.env_steps, self.num_envs, self.rollout_length = env_steps, num_envs, rollout_length
         self.max_episode_steps = max_episode_steps
-        self.backend, self.threads, self.collectors = backend, threads or _usable_cores(), collectors
+        self.backend, self.threads, self.collectors = backend, threads or usable_cores(), collectors
         self.learners = {"validate": val_learners, "test": test_learners}
         self.episodes = episodes
         self._rollouts: Rollouts | None = None
@@ -166,11 +165,6 @@ class CollectorDataModule(L.LightningDataModule):
         for evaluator in self._evaluators.values():
             evaluator.close()
         self._evaluators = {}
-
-
-def _usable_cores() -> int:
-    # A process may be bound to some of the machine's cores, as on a cluster.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Rollouts:

@@ -164,7 +164,7 @@ class Evaluator:
         learners: int = 100,
         episodes: int = 1,
         backend: Backend = "auto",
-        threads: int = 2,
+        threads: int | None = None,
         device: torch.device | str = "cpu",
         variation: Variation | None = None,
     ) -> None:
@@ -361,7 +361,7 @@ def evaluate(
     env_kwargs: dict[str, Any] | None = None,
     variation: Variation | None = None,
     backend: Backend = "auto",
-    threads: int = 2,
+    threads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Returns of fresh learners taught on a dataset.
@@ -424,7 +424,7 @@ def evaluate_all(
     env_kwargs: dict[str, Any] | None = None,
     variation: Variation | None = None,
     backend: Backend = "auto",
-    threads: int = 2,
+    threads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Evaluation]]:
     """The whole table: {row: {sampled|greedy: evaluation}}, a row for each family and for each control.

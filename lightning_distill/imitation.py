@@ -20,7 +20,7 @@ from .envs import ConfigError, EnvSpec, make_env, stream_seed
 from .experts import Expert, expert_from
 from .meta_ppo import MetaPPO
 from .policies import action_distribution
-from .ppo import OBSERVATION_CLIP, no_loss
+from .ppo import no_loss
 
 #: Environments in which the expert's first states are seen, and steps in each of them.
 EPISODES, STEPS = 16, 1000
@@ -129,7 +129,7 @@ class Imitation(MetaPPO):
         """Pairs from as many states [n, *obs] of the expert, and its noise."""
         expert, batch = self._expert, self.synthetic_batch
         chosen = observations.to(self.device, torch.float32)
-        seen = normalise(chosen, *self.running_normaliser(), OBSERVATION_CLIP)
+        seen = normalise(chosen, *self.running_normaliser(), self.observation_clip)
         batch.observations.copy_(self.encoder(seen) if self.encoded_pairs else seen)
         batch.targets.copy_(expert.output(chosen))
         if expert.log_std is not None:

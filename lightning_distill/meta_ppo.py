@@ -21,7 +21,7 @@ from .dataset import DistilledDataset
 from .envs import ConfigError, stream_seed
 from .evaluation import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
 from .learners import Params
-from .ppo import OBSERVATION_CLIP, PPO, Normaliser
+from .ppo import PPO, Normaliser
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch
 from .teaching import seeded, with_encoder_level, with_plain_step
@@ -223,7 +223,7 @@ class MetaPPO(PPO):
             encoder={name: value.detach().contiguous().clone() for name, value in self.encoder.state_dict().items()},
             env=self.spec.id,
             action_type=self.spec.action_type,
-            observation_clip=OBSERVATION_CLIP,
+            observation_clip=self.observation_clip,
             metadata={
                 "env_kwargs": self.spec.kwargs,
                 "learners": [self.family.describe()],

@@ -181,6 +181,7 @@ class PPO(L.LightningModule):
         self.critic = make_critic(self.learner_shape, self.spec.frames)
         self.observation_moments = FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape)
         self.return_moments = RunningMoments()
+        self.observation_clip = OBSERVATION_CLIP
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
         self.seed, self.rank, self._precision = 0, 0, nullcontext
@@ -215,7 +216,7 @@ class PPO(L.LightningModule):
         if self.spec.frames:
             return self.encoder(scaled(observations, None if self.encoder_level else self.observation_moments.mean))
         mean, std = normaliser or self._normaliser
-        return normalise(observations.float(), mean, std, OBSERVATION_CLIP)
+        return normalise(observations.float(), mean, std, self.observation_clip)
 
     def running_normaliser(self) -> Normaliser:
         """Mean and standard deviation of everything seen by this moment."""
@@ -318,13 +319,14 @@ class PPO(L.LightningModule):
 
     def _standardised(self, advantage: Tensor) -> Tensor:
         """Advantages with mean 0 and standard deviation 1 over the samples of all processes."""
-        count, total, squares = self._sum_over_processes(
-            torch.stack(
-                [torch.full_like(advantage[0, 0], advantage.numel()), advantage.sum(), advantage.square().sum()]
-            )
-        )
+        exact = (
+            advantage.double()
+        )  # in single precision nothing is left of a variance that is small beside the mean's square
+        sums = torch.stack([torch.full_like(exact[0, 0], exact.numel()), exact.sum(), exact.square().sum()])
+        count, total, squares = self._sum_over_processes(sums)
         mean = total / count
-        return (advantage - mean) / ((squares / count - mean.square()).clamp(min=0).sqrt() + 1e-8)
+        standardised = (exact - mean) / ((squares / count - mean.square()).clamp(min=0).sqrt() + 1e-8)
+        return standardised.to(advantage)
 
     def _update(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
         actor_optimizer, critic_optimizer = self.optimizers()
@@ -332,7 +334,7 @@ class PPO(L.LightningModule):
         count = samples["advantage"].shape[1]
         device = samples["advantage"].device
         metrics: dict[str, list[Tensor]] = {}
-        stopped = warming = int(self.iteration) < self.critic_warmup
+        stopped = int(self.iteration) < self.critic_warmup
         losses = self._losses if self._compiled is None else self._compiled
         for _ in range(self.epochs):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
@@ -350,7 +352,7 @@ class PPO(L.LightningModule):
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 self.manual_backward(policy_loss + self.value_coef * value_loss)
-                if warming:
+                if stopped:
                     self.encoder.zero_grad()  # it feeds the actor, too, which is to stay as it is
                 found["gradient/critic"] = clipped_step(critic_optimizer, critic_params, self.max_grad_norm)
                 if not stopped:
@@ -537,9 +539,9 @@ class PPO(L.LightningModule):
     def check_optimizers(self) -> None:
         """Raise ``ConfigError`` unless optimisers and schedulers can be made for parameters like this module's and take a step."""
         for name, params in (("optimizer", self.actor.parameters()), ("critic_optimizer", self._critic_params())):
-            copies = [nn.Parameter(param.detach().clone()) for param in params]
+            copies = [nn.Parameter(param.detach().clone(), param.requires_grad) for param in params]
             for copy in copies:
-                copy.grad = torch.zeros_like(copy)
+                copy.grad = torch.zeros_like(copy) if copy.requires_grad else None
             try:
                 optimizer = getattr(self, name)(copies)
                 optimizer.step()
@@ -668,6 +670,7 @@ class PPO(L.LightningModule):
         if dataset.log_std is not None:
             self.actor.noise.begin_with(dataset.log_std)
         self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
+        self.observation_clip = dataset.observation_clip
 
     def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
         """Take this normaliser for good; encoders are fed frames as they are, whatever it is."""

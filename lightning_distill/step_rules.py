@@ -223,7 +223,8 @@ def _as_matrices(values: Tensor) -> Tensor:
 
 def _unit(matrices: Tensor) -> Tensor:
     norms = torch.linalg.matrix_norm(matrices, keepdim=True)
-    return matrices / norms.clamp(min=torch.finfo(matrices.dtype).tiny)
+    # Nothing is of no length; a bound near zero instead would have a derivative that is not finite.
+    return matrices / torch.where(norms > 0, norms, 1.0)
 
 
 def _each(sizes: Tensor, gradient: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
 from lightning_distill.nature import encoder_from, make_encoder, make_nature_critic, scaled
 from lightning_distill.pictures import _action_names, draw_pairs
+from lightning_distill.ppo import clipped_step
 from lightning_distill.step_rules import STEP_RULES
 from lightning_distill.teaching import with_line_search
 
@@ -254,6 +256,26 @@ def test_the_encoder_waits_for_the_critic_as_the_actor_does():
     options = {"pairs": 2, "learners": 2, "family": "nature", "encoder_level": 4, "critic_warmup": 2}
     small_run("ALE/Pong-v5", callbacks=[changes], data=data, **options)
     assert changes.found == [{"critic"}, {"critic"}, {"critic", "actor", "encoder"}]
+
+
+def test_the_encoder_stops_at_the_target_kl_as_the_actor_does(monkeypatch):
+    """The policies see through it: trained on by the critic's loss it would move them out of sight."""
+    seen = []
+
+    def watch(optimizer, params, max_norm):
+        norm = clipped_step(optimizer, params, max_norm)
+        seen.append([param.detach().clone() for param in params])
+        return norm
+
+    monkeypatch.setattr("lightning_distill.ppo.clipped_step", watch)
+    data = {"env_steps": 8, "num_envs": 2, "rollout_length": 4}
+    options = {"pairs": 2, "learners": 2, "family": "nature", "encoder_level": 4, "target_kl": 1e-12}
+    small_run("ALE/Pong-v5", data=data, epochs=2, minibatches=2, **options)
+    critics = [seen[0], *seen[2:]]  # the actor's one step is the second
+    assert len(critics) == 4
+    trained = [[not torch.equal(*pair) for pair in zip(*steps, strict=True)] for steps in itertools.pairwise(critics)]
+    encoder = 8  # weights and biases of three convolutions and a layer, behind the critic's own
+    assert all(step == [True] * (len(step) - encoder) + [False] * encoder for step in trained), trained
 
 
 def test_a_run_starts_from_a_dataset_of_a_higher_encoder_level(tmp_path):

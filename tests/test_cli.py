@@ -445,7 +445,11 @@ EXPERIMENTS = sorted(path for path in CONF.rglob("*.yaml") if path.parent.name n
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_shipped_config_runs(config, here, monkeypatch):
-    options = ["--held_out.at_validation=0"] if "held_out" in yaml.safe_load(config.read_text()) else ["--held_out.families=[]"]
+    options = (
+        ["--held_out.at_validation=0"]
+        if "held_out" in yaml.safe_load(config.read_text())
+        else ["--held_out.families=[]"]
+    )
     if config.parent.name == "atari":  # a learner that never serves plays on for ever
         options.append("--data.env_kwargs.max_num_frames_per_episode=400")
     lightning(

@@ -79,6 +79,12 @@ def test_training_is_in_all_phases_of_an_episode_at_once(backend):
     env.close()
 
 
+def test_a_longer_limit_than_the_environments_own_leaves_first_episodes_of_all_lengths():
+    env = make_env(env_spec("Pendulum-v1"), 4, seed=0, training=True, max_episode_steps=1000)
+    assert env.limit == 200
+    env.close()
+
+
 @pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
 def test_training_episodes_are_as_short_as_asked_for(env):
     env = make_env(env_spec(env), 2, seed=0, training=True, max_episode_steps=7)

@@ -1,6 +1,7 @@
 """Imitation: a dataset distilled into another one for other learners."""
 
 import copy
+import dataclasses
 import math
 from functools import partial
 
@@ -382,6 +383,16 @@ def test_what_was_distilled_elsewhere_is_said(caplog):
     caplog.clear()
     MetaPPO(env_spec("InvertedPendulum-v5"), start="inverted_pendulum")
     assert not caplog.records
+
+
+@pytest.mark.parametrize("model", [MetaPPO, PPO])
+def test_a_run_clips_observations_as_the_dataset_that_it_starts_from_does(model, tmp_path):
+    path = str(dataclasses.replace(load("inverted_pendulum"), observation_clip=1.5).save(tmp_path / "d.safetensors"))
+    module = model(env_spec("InvertedPendulum-v5"), start=path)
+    module._normaliser = module.running_normaliser()
+    assert module.encode(torch.full((2, 4), -1e6)).eq(-1.5).all()
+    if model is MetaPPO:
+        assert module.distilled().observation_clip == 1.5
 
 
 def test_a_run_starts_from_a_dataset():

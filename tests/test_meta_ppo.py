@@ -6,7 +6,7 @@ import torch
 from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, teach_many
 from lightning_distill.envs import EnvSpec, env_spec
 from lightning_distill.objectives import generalized_advantages
-from lightning_distill.ppo import PPO
+from lightning_distill.ppo import PPO, clipped_step
 
 SPECS = {
     "discrete": EnvSpec("CartPole-v1", (4,), "discrete", 2),
@@ -215,7 +215,17 @@ def test_each_state_has_the_critics_value_as_a_next_state_too(monkeypatch):
         torch.testing.assert_close(found, value)
 
 
-def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
+def test_actor_stops_at_the_target_kl_and_the_critic_goes_on(monkeypatch):
+    steps = []
+
+    def count(optimizer, params, max_norm):
+        before = params[0].detach().clone()
+        norm = clipped_step(optimizer, params, max_norm)
+        steps.append((len(params), bool((params[0] != before).any())))
+        return norm
+
+    monkeypatch.setattr("lightning_distill.ppo.clipped_step", count)
+
     class Count(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -224,9 +234,23 @@ def test_actor_stops_at_the_target_kl_and_the_critic_goes_on():
     before = small_run(iterations=1, data={"env_steps": 1}, epochs=4, target_kl=1e9, callbacks=[counts])
     assert counts.metrics["policy/updates"] == 16
     stopped = Count()
-    small_run(iterations=1, target_kl=1e-12, callbacks=[stopped])
+    steps.clear()
+    module = small_run(iterations=1, target_kl=1e-12, callbacks=[stopped])
     assert stopped.metrics["policy/updates"] == 1, "the first minibatch is on-policy, the second is not"
+    critic, actor = (len(list(part.parameters())) for part in (module.critic, module.actor))
+    assert steps == [(critic, True), (actor, True)] + 39 * [(critic, True)]
     assert before.env_steps == 320
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e5])
+def test_advantages_are_standardised_however_far_from_zero_they_are(offset):
+    module = MetaPPO(SPECS["discrete"])
+    module._sum_over_processes = lambda tensor: tensor
+    advantage = torch.randn(16, 50) + offset
+    found = module._standardised(advantage)
+    assert found.dtype == torch.float32
+    exact = advantage.double()
+    torch.testing.assert_close(found.double(), (exact - exact.mean()) / exact.std(correction=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", [MetaPPO, PPO])

@@ -107,6 +107,32 @@ def test_one_learner_whose_features_are_all_alike_leaves_the_others_their_gradie
         assert gradient.any()
 
 
+class ReZero(nn.Module):
+    """A residual branch that begins with no share: its weights have a gradient of exactly zero."""
+
+    def __init__(self, observation_shape, outputs):
+        super().__init__()
+        self.begin, self.branch = nn.Linear(*observation_shape, 8), nn.Linear(8, 8)
+        self.share = nn.Parameter(torch.zeros(()))
+        self.end = nn.Linear(8, outputs)
+
+    def forward(self, observation):
+        hidden = self.begin(observation).tanh()
+        return self.end(hidden + self.share * self.branch(hidden).tanh())
+
+
+@pytest.mark.parametrize("rule", STEP_RULES)
+def test_weights_without_a_gradient_leave_the_pairs_theirs(rule):
+    torch.manual_seed(0)
+    family = ModuleFamily(ReZero)
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    number = torch.tensor(0.3, requires_grad=True)
+    taught = STEP_RULES[rule](family, family.draw(3, (3,), 2), x, y, number)
+    for gradient in torch.autograd.grad(family.forward(taught, torch.randn(3, 6, 3)).square().sum(), (x, y, number)):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 def test_line_search_takes_the_step_that_finite_differences_say():
     family, params, x, y, scale = double_problem(width=8)
     taught = line_search(family, params, x, y, scale)

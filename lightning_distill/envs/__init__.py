@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
     import torch
     from torchrl.envs import EnvBase
 
-__all__ = ["Backend", "ConfigError", "EnvSpec", "env_spec", "make_env", "simulator_threads", "stream_seed"]
+__all__ = [
+    "Backend",
+    "ConfigError",
+    "EnvSpec",
+    "env_spec",
+    "make_env",
+    "simulator_threads",
+    "stream_seed",
+    "usable_cores",
+]
 
 Backend = Literal["auto", "gymnasium", "processes", "envpool"]
 
@@ -49,6 +59,11 @@ def stream_seed(*key: int, evaluation: bool = False) -> int:
         raise ConfigError(f"seed={key[0]}: allowed are integers ≥ 0")
     offset = int(np.random.SeedSequence(key).generate_state(1)[0] % (EVALUATION_SEEDS // 2))
     return offset + EVALUATION_SEEDS * evaluation
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: it may be bound to some of the machine's, as on a cluster."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -271,7 +286,7 @@ def make_env(
     num_envs: int,
     seed: int,
     backend: Backend = "auto",
-    threads: int = 2,
+    threads: int | None = None,
     device: torch.device | str = "cpu",
     training: bool = False,
     max_episode_steps: int | None = None,
@@ -286,7 +301,7 @@ def make_env(
             process each), ``envpool`` (C++ threads; needs the extra ``fast``, and ``env_kwargs`` that only leave parts of
             the observation out or are among ``SHARED_ARGUMENTS``); ``auto`` takes envpool where it can. Atari games have a
             simulator of their own.
-        threads: of envpool and of the Atari emulator.
+        threads: of envpool and of the Atari emulator; default: one for each core that the process may use.
         device: where a torch environment (cart-pole) computes; the others compute on the CPU.
         training: first episodes are truncated at staggered times, see :class:`VectorEnv`; Atari: clip rewards, and end an
             episode with a lost life.
@@ -300,7 +315,9 @@ def make_env(
 
     if backend not in get_args(Backend):
         raise ConfigError(f"backend={backend!r}: allowed are {', '.join(get_args(Backend))}")
-    limit = max_episode_steps or (spec.time_limit if training else None)
+    threads = threads or usable_cores()
+    limits = [max_episode_steps, spec.time_limit if training else None]
+    limit = min(filter(None, limits), default=None)
     if spec.frames:
         from .atari import AtariSimulator
 
