@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from .dataset import DatasetError, DistilledDataset, load
 from .envs.spec import ConfigError, EnvSpec
 from .envs.variations import Variation
-from .learners import MLP, LearnerFamily, ModuleFamily
+from .learners import MLP, LearnerFamily
 from .mixtures import Mixture, MLPs
+from .modules import ModuleFamily
 from .nature import NatureCNN
 from .teaching import Policy, StackedPolicy, teach, teach_many
 

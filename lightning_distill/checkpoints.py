@@ -163,6 +163,25 @@ class RunCheckpoint(ModelCheckpoint):
         }
 
 
+def make_resumable(checkpoint: dict[str, Any]) -> None:
+    """Change Lightning's counters in a checkpoint of one epoch, the whole run, so that it goes on where it stopped.
+
+    Args:
+        checkpoint: with ``validated``, whether it was since it learned last.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return
+    # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
+    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    for count in loop["epoch_progress"].values():
+        count["processed"] = count["completed"]
+    # A validation that was due when it stopped comes first, as one that has begun; Lightning would leave it out.
+    count = loop["epoch_loop.val_loop.batch_progress"]["total"]
+    begun = count["completed"] + (not checkpoint.get("validated", True))
+    count |= {"ready": begun, "started": begun, "processed": count["completed"]}
+
+
 class StopTogether(L.Callback):
     """SIGTERM to any of several processes, or Ctrl-C, ends all of them after the same iteration, so that they can save together.
 

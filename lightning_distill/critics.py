@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .learners import tanh
+from .activations import tanh
 from .nature import OutputLayer, make_nature_critic
 
 
@@ -36,7 +36,7 @@ def _mlp(shape: Sequence[int]) -> nn.Sequential:
 
 
 class Tanh(nn.Module):
-    """As a layer, :func:`lightning_distill.learners.tanh`."""
+    """As a layer, :func:`lightning_distill.activations.tanh`."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return tanh(inputs)

@@ -80,7 +80,6 @@ class CollectorDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.trainer.lightning_module.check_rollouts(self)
             self._warn_of_units()
             device = self.trainer.strategy.root_device.type
             if self.collectors > 1 and device != "cpu":

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import AtomicCheckpointIO
+from .class_paths import class_path, imported
 from .dataset import load
 from .envs import ConfigError, EnvSpec
 from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
-from .learners import LearnerFamily, ModuleFamily, class_path, imported
+from .learners import LearnerFamily
+from .modules import ModuleFamily
 from .ppo import PPO
 from .teaching import seeded, teach_many
 

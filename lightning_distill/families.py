@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from . import architectures
+from .class_paths import imported
 from .envs.spec import ConfigError
-from .learners import MLP, LearnerFamily, ModuleFamily, imported
+from .learners import MLP, LearnerFamily
 from .mixtures import Mixture, MLPs, members
+from .modules import ModuleFamily
 from .nature import FRAME_FAMILIES, FRAMES, NatureCNN
 
 #: What most learners of ``mixture`` are drawn from: no width, and no combination, of the held-out names below.

@@ -24,10 +24,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
 from .checkpoints import OF_SPEED, AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
+from .class_paths import imported
 from .configs import check_seed, with_shipped_config
 from .data import CollectorDataModule
 from .envs import ConfigError, EnvSpec
-from .learners import imported
 from .loggers import MAKE_FOLDERS, gives_folders
 from .meta_ppo import MetaPPO
 from .ppo import PPO, check_env
@@ -237,11 +237,7 @@ class DistillCLI(LightningCLI):
                 plain = f"{in_list[1]}: {' '.join(in_list[2].split())}"
             raise ConfigError(str(plain)) from error
         if self.subcommand == "fit":
-            # Before loggers begin.
-            self.model.check_rollouts(self.datamodule)
-            self.model.check_family()
-            self.model.check_optimizers()
-            self.model.check_trainer(self.trainer)
+            self.model.check(self.trainer, self.datamodule)  # before loggers begin
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         parser = self._parser(self.subcommand)

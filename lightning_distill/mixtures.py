@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .learners import FIXED, GROUP, MLP, Factory, LearnerFamily, Learners, Params, count_learners, described
+from .class_paths import described
+from .learners import FIXED, GROUP, MLP, Factory, LearnerFamily, Learners, Params, count_learners
 
 
 class Mixture(LearnerFamily):

@@ -22,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .learners import ACTIVATIONS, MLP, LearnerFamily, ModuleFamily, Params, described
+from .activations import ACTIVATIONS
+from .class_paths import described
+from .learners import MLP, LearnerFamily, Params
+from .modules import ModuleFamily
 
 FRAMES = (4, 84, 84)
 LEVELS = 4
@@ -204,7 +207,7 @@ class NatureCNN(LearnerFamily):
         return params | {f"{OUTPUT}.weight": weight, f"{OUTPUT}.bias": bias}
 
     def _initial(self, learners: int, fan_in: int, fan_out: int, gain: float, device: Any) -> tuple[Tensor, Tensor]:
-        weight, bias = MLP._INITIALISERS[self.init](learners, fan_in, fan_out, gain, device)
+        weight, bias = MLP.INITIALISERS[self.init](learners, fan_in, fan_out, gain, device)
         return weight.mT.contiguous(), bias.squeeze(1)
 
     def forward(self, params: Params, observations: Tensor) -> Tensor:

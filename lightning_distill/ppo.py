@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .checkpoints import make_resumable
 from .compiling import CompiledLosses, Losses
 from .configs import check_numbers
 from .critics import make_critic
@@ -485,7 +486,6 @@ class PPO(L.LightningModule):
     # --- Lightning ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        self.check_optimizers()
         optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         try:
             self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
@@ -507,6 +507,17 @@ class PPO(L.LightningModule):
         for group in optimizer.param_groups[1:]:
             group["lr"] *= self.noise_rate
         return optimizer
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.check(self.trainer, self.trainer.datamodule)
+
+    def check(self, trainer: L.Trainer, data: CollectorDataModule) -> None:
+        """Raise ``ConfigError`` for anything with which this module cannot be trained, before any long work."""
+        self.check_trainer(trainer)
+        self.check_rollouts(data)
+        self.check_family()
+        self.check_optimizers()
 
     def check_trainer(self, trainer: L.Trainer) -> None:
         """Raise ``ConfigError`` for options of the Trainer that this module cannot be trained with."""
@@ -559,7 +570,6 @@ class PPO(L.LightningModule):
                 ) from error
 
     def on_fit_start(self) -> None:
-        self.check_trainer(self.trainer)
         if self.iteration and self.resumed == (0, 0):
             raise ConfigError(
                 f"this module has learned for {int(self.iteration)} iterations already, and its schedules are at their end: allowed are a new "
@@ -605,16 +615,7 @@ class PPO(L.LightningModule):
         if goes_on:
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
             checkpoint["lr_schedulers"] = []  # see on_train_start
-        loop = checkpoint.get("loops", {}).get("fit_loop")
-        if loop is not None:
-            # A finished run goes on where data.env_steps was raised: its last batch was the last, and its epoch over, only then.
-            loop["epoch_loop.batch_progress"]["is_last_batch"] = False
-            for count in loop["epoch_progress"].values():
-                count["processed"] = count["completed"]
-            # A validation that was due when it stopped comes first, as one that has begun; Lightning would leave it out.
-            count = loop["epoch_loop.val_loop.batch_progress"]["total"]
-            begun = count["completed"] + (not checkpoint.get("validated", True))
-            count |= {"ready": begun, "started": begun, "processed": count["completed"]}
+        make_resumable(checkpoint)
 
     def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
         distributed = self.trainer.world_size > 1

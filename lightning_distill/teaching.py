@@ -17,18 +17,8 @@ from torch import Tensor, nn
 
 from .dataset import DistilledDataset, as_dataset, normalise
 from .families import as_family
-from .learners import (
-    FIXED,
-    Forward,
-    LearnerFamily,
-    Learners,
-    ModuleFamily,
-    Params,
-    StackedModules,
-    UnfitLearner,
-    count_learners,
-    stack_parameters,
-)
+from .learners import FIXED, LearnerFamily, Learners, Params, UnfitLearner, count_learners
+from .modules import Forward, ModuleFamily, StackedModules, stack_parameters
 from .nature import CONVOLUTIONS, HIDDEN
 from .step_rules import STEP_RULES, StepRule, best_steps, wide
 

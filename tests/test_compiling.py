@@ -20,7 +20,7 @@ LEARNED = {"epochs": 2, "minibatches": 2}
 def traced(monkeypatch):
     """What is compiled is traced and differentiated as ever, but run by PyTorch's own operators: seconds sooner; with the tanh of AMD's
     processors in what is not compiled."""
-    monkeypatch.setattr("lightning_distill.learners.LOGISTIC_TANH", True)
+    monkeypatch.setattr("lightning_distill.activations.LOGISTIC_TANH", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 

@@ -13,7 +13,8 @@ from test_teaching import MODULES, mlp_module
 from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
-from lightning_distill.learners import StackedModules, UnfitLearner, stack_parameters
+from lightning_distill.learners import UnfitLearner
+from lightning_distill.modules import StackedModules, stack_parameters
 from lightning_distill.step_rules import STEP_RULES, best_steps, line_search, newton, projection
 from lightning_distill.teaching import with_line_search, with_plain_step
 

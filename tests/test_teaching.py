@@ -15,7 +15,8 @@ from handmade import make_dataset
 from torch import Tensor, nn
 
 from lightning_distill import MLP, ModuleFamily, load, teach, teach_many
-from lightning_distill.learners import FIXED, tanh
+from lightning_distill.activations import tanh
+from lightning_distill.learners import FIXED
 from lightning_distill.step_rules import STEP_RULES, sgd
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -719,7 +720,7 @@ def test_a_policy_is_an_ordinary_module(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tanh_is_tanh(dtype, logistic, monkeypatch):
     """By the logistic function, where that is faster, in single precision: values, and derivatives of first and second order."""
-    monkeypatch.setattr("lightning_distill.learners.LOGISTIC_TANH", logistic)
+    monkeypatch.setattr("lightning_distill.activations.LOGISTIC_TANH", logistic)
     inputs = torch.linspace(-12, 12, 4001, dtype=dtype).requires_grad_()
     for order in range(3):
         found, wanted = tanh(inputs), torch.tanh(inputs)
