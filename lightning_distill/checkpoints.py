@@ -122,6 +122,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save, if ``save_on_exception`` is set and nothing stands in the way."""
+        if trainer.state.fn != "fit":
+            return  # what is tested is the best, and no last checkpoint
         # All processes save together. Where one alone broke it would wait for the others, and they for it.
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
             return
@@ -186,7 +188,7 @@ class StopTogether(L.Callback):
     """SIGTERM to any of several processes, or Ctrl-C, ends all of them after the same iteration, so that they can save together.
 
     Lightning's own handler talks to the other processes at once, and waits for ever if they are busy talking of something else. A second
-    Ctrl-C does not wait.
+    Ctrl-C does not wait. A test, or a validation alone, has nothing to save, and SIGTERM ends it at once; Lightning would go on to its end.
     """
 
     def __init__(self) -> None:
@@ -204,6 +206,16 @@ class StopTogether(L.Callback):
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, tell)  # Lightning puts back what was there before at the end of the run
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def leave(*_: Any) -> None:
+            raise SIGTERMException
+
+        signal.signal(signal.SIGTERM, leave)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.told, all=False):

@@ -29,6 +29,7 @@ from .families import as_family, family_from
 from .learners import LearnerFamily
 from .mixtures import members
 from .nature import FRAMES
+from .step_rules import check_outputs
 from .teaching import StackedPolicy, chosen_rule, keep_random_state, seeded, teach_many, with_line_search
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ def check_begins(option: str, dataset: DistilledDataset, spec: EnvSpec) -> None:
 
 
 def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, rules: Sequence[str]) -> None:
-    """Raise ``ConfigError`` unless learners of a family can be taught by these rules: two of them, on two pairs.
+    """Raise ``ConfigError`` unless learners of a family can be taught by these rules, two of them on two pairs, and act on one observation.
 
     Before anybody plays or trains. Random state stays as it is.
     """
@@ -308,9 +309,14 @@ def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, ru
         chosen_rule(dataset, rule)  # whose absence is no fault of the family
         try:
             with keep_random_state(device):
-                teach_many(member, few, 2, rule, device=device)
+                taught = teach_many(member, few, 2, rule, device=device)
         except Exception as error:  # somebody else's module may raise anything
             raise ConfigError(f"{name} cannot be taught by {rule} ({error or type(error).__name__})") from error
+        try:
+            observation = torch.zeros(2, 1, *dataset.observation_mean.shape, device=device)
+            check_outputs(taught.output(observation), (2, 1, dataset.outputs))
+        except Exception as error:
+            raise ConfigError(f"{name} cannot act on one observation ({error or type(error).__name__})") from error
 
 
 def played_in(dataset: DistilledDataset, env: str | None = None, env_kwargs: dict[str, Any] | None = None) -> EnvSpec:
@@ -468,7 +474,7 @@ def evaluate_all(
             name: {kind: evaluator(pairs, family, kind == "greedy", seed, taught, rule) for kind in kinds}
             for name, (pairs, family, taught, rule) in rows.items()
         }
-        if controls and "sampled" in kinds:
+        if controls:
             table[RANDOM] = {"sampled": evaluator.play(lambda: RandomActions(spec), seed=seed)}
         return table
     finally:

@@ -215,7 +215,7 @@ class DistillCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except MisconfigurationException as error:
+        except (MisconfigurationException, TypeError) as error:
             # It names the options that it is about, but for those that differ from machine to machine.
             if not re.search("backend|accelerator|device", str(error)):
                 raise
@@ -277,14 +277,15 @@ def _logged_in_to_wandb() -> bool:
 def run(args: list[str] | None = None) -> None:
     """Parse and carry out ``fit``, ``validate`` or ``test``; ``args`` default to the process's own."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    omegaconf = {"parser_mode": "omegaconf+"}
+    # A prefix of an option's name, taken for the option, would hide a misspelt one.
+    options = {"parser_mode": "omegaconf+", "allow_abbrev": False}
     try:
         DistillCLI(
             PPO,
             CollectorDataModule,
             subclass_mode_model=True,
             parser_class=DistillParser,
-            parser_kwargs={**omegaconf, **{name: dict(omegaconf) for name in DistillCLI.subcommands()}},
+            parser_kwargs={**options, **{name: dict(options) for name in DistillCLI.subcommands()}},
             auto_configure_optimizers=False,
             trainer_defaults={"callbacks": [StopTogether()]},
             args=args,

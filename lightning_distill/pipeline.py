@@ -222,12 +222,16 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
         command += [f"--ckpt_path={last_checkpoint}"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
     # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself. (Threads are told nothing.)
+    told: list[int] = []
+
+    def tell(number: int, *_: Any) -> None:
+        told.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {
-            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-        }
+        before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         failed = process.wait()
     finally:
@@ -239,6 +243,8 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
         raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
     run = last_checkpoint.parents[1]
     write_atomically(record, json.dumps({"config": config, "folder": str(run)}).encode())
+    if told:  # when this run was at its end already
+        sys.exit(128 + told[0])
     return run
 
 

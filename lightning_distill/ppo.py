@@ -698,9 +698,10 @@ class PPO(L.LightningModule):
         try:
             with keep_random_state(self.device), torch.no_grad():
                 self.draw()
-                inputs = torch.zeros(self.learners, 2, *self.learner_shape, device=self.device)
                 params = self.policy_params()
-                check_outputs(self.family.forward(params, inputs), (*inputs.shape[:2], self.spec.actions))
+                for count in (2, 1):  # in an evaluation each acts on one observation
+                    inputs = torch.zeros(self.learners, count, *self.learner_shape, device=self.device)
+                    check_outputs(self.family.forward(params, inputs), (*inputs.shape[:2], self.spec.actions))
                 if all(name.startswith(FIXED) for name in params):
                     raise UnfitLearner("they have no trainable parameter")
         except Exception as error:  # somebody else's module may raise anything

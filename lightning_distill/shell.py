@@ -363,7 +363,7 @@ def _parser(name: str) -> Any:
     command = COMMANDS[name]
     helps = {parameter.arg_name: parameter.description for parameter in parse(command.__doc__ or "").params}
     prog = f"{Path(sys.argv[0]).name} {name}"
-    parser = ArgumentParser(prog=prog, description=summary(name), exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=summary(name), exit_on_error=False, allow_abbrev=False)
     hints = get_type_hints(command)
     for key, parameter in inspect.signature(command).parameters.items():
         options: dict[str, Any] = {"help": helps[key]}

@@ -344,7 +344,9 @@ def chosen_rule(dataset: DistilledDataset, name: str | None) -> tuple[StepRule, 
     missing = {known: [n for n in rule.numbers if getattr(dataset, n) is None] for known, rule in STEP_RULES.items()}
     usable = ", ".join(known for known, lacking in missing.items() if not lacking)
     if name not in STEP_RULES:
-        raise ValueError(f"step_rule={name!r}: allowed with this dataset are {usable}")
+        raise ValueError(
+            f"step_rule={name!r}: allowed are {', '.join(STEP_RULES)}; this dataset has the numbers of {usable}"
+        )
     if missing[name]:
         raise ValueError(f"step_rule={name!r}: the dataset has no {', '.join(missing[name])}; allowed are {usable}")
     return STEP_RULES[name], [getattr(dataset, number) for number in STEP_RULES[name].numbers]

@@ -111,6 +111,35 @@ def test_terminated_and_killed_runs_go_on_from_last(here):
     assert load(runs[2] / "distilled.safetensors").metadata["returns"]
 
 
+TESTING = """
+import time
+import lightning as L
+
+
+class Testing(L.Callback):
+    def on_test_start(self, *_):
+        open("testing", "w").close()
+
+    def on_test_epoch_start(self, *_):
+        time.sleep(60)
+"""
+
+
+def test_a_run_that_is_told_to_end_in_its_test_ends_and_is_not_lost(here):
+    Path("testing.py").write_text(TESTING)
+    run = started(here, "--data.env_steps=1280", "--trainer.callbacks+=testing.Testing")
+    wait_for((here / "testing").exists, run)
+    time.sleep(0.5)
+    began = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 40
+    [last] = here.rglob("last.ckpt")
+    assert env_steps(last) == 1280
+    fit("--data.env_steps=1280", "--ckpt_path=last")
+    assert load(next((here / "runs").rglob("version_1/distilled.safetensors"))).metadata["returns"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_terminated_processes_save_together(here, number):
     run = here / "runs" / "CartPole-v1" / "version_0"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -134,6 +137,34 @@ def test_what_is_no_pipeline_is_named_before_anything_runs(pipeline, tmp_path, c
 def test_a_run_that_fails_is_named(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="stage 'a' ended with exit code 2"):
         run_pipeline(pipeline(f"a: {SHORT} --data.env=CartPole-v1 --model.minibatches=1000"), tmp_path / "out")
+
+
+def test_a_pipeline_that_is_told_to_end_begins_no_further_run(pipeline, tmp_path, monkeypatch):
+    """Its run was at its end just then."""
+
+    class Ends:
+        def __init__(self, command, **_):
+            root = Path(command[-1].removeprefix("--trainer.default_root_dir="))
+            last = root / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+            last.parent.mkdir(parents=True)
+            last.touch()
+
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 0
+
+        def terminate(self):
+            terminated.append(self)
+
+    terminated, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("lightning_distill.pipeline.subprocess", SimpleNamespace(Popen=Ends, DEVNULL=None))
+    with pytest.raises(SystemExit) as ended:
+        run_pipeline(pipeline(STAGES), tmp_path / "out")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert len(terminated) == 1
+    assert [path.parent.name for path in (tmp_path / "out").rglob("finished.json")] == ["expert"]
+    assert not (tmp_path / "out" / "student").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_of_several_runs_of_a_stage_the_best_by_validation_goes_on(pipeline, tmp_path, capfd):

@@ -107,7 +107,9 @@ def test_evaluate_by_another_step_rule(path, capsys):
     found = evaluate(loaded, family=family_named("width_512"), learners=4, step_rule="line_search")
     assert returns["width_512, line_search step"]["sampled"]["mean"] == pytest.approx(found.mean)
     assert "the dataset has no newton_ridge" in fails(capsys, "evaluate", path, "--step_rule", "newton")
-    assert "allowed with this dataset are sgd" in fails(capsys, "evaluate", path, "--step_rule", "adam")
+    assert "allowed are sgd, line_search, newton, projection; this dataset has the numbers of sgd" in fails(
+        capsys, "evaluate", path, "--step_rule", "adam"
+    )
 
 
 def test_evaluate_held_out_families(path, capsys):
