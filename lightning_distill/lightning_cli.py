@@ -274,13 +274,20 @@ def _logged_in_to_wandb() -> bool:
         return False
 
 
-def run(args: list[str] | None = None) -> None:
+class CheckingCLI(DistillCLI):
+    """Makes everything, checks it, and does nothing with it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def run(args: list[str] | None = None, cli: type[DistillCLI] = DistillCLI) -> None:
     """Parse and carry out ``fit``, ``validate`` or ``test``; ``args`` default to the process's own."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     # A prefix of an option's name, taken for the option, would hide a misspelt one.
     options = {"parser_mode": "omegaconf+", "allow_abbrev": False}
     try:
-        DistillCLI(
+        cli(
             PPO,
             CollectorDataModule,
             subclass_mode_model=True,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,18 +17,23 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from .checkpoints import AtomicCheckpointIO
-from .configs import check_seed
-from .dataset import load, write_atomically
-from .envs import ConfigError, env_spec
-from .experts import expert_from
-from .families import as_family
+from .class_paths import class_path, imported
+from .dataset import write_atomically
+from .envs import ConfigError, EnvSpec, env_spec
+from .experts import Expert
+from .lightning_cli import CheckingCLI
+from .lightning_cli import run as run_lightning
 from .loggers import gives_folders
+from .meta_ppo import MetaPPO
 
-#: What a run writes that others can begin with or imitate.
-WRITTEN = ("distilled.safetensors", "last.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+#: What a run that distils writes for others to begin with or to imitate, and what one of direct RL does.
+DATASETS = ("distilled.safetensors", "last.safetensors")
+CHECKPOINTS = ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
 
 
 def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: Any = None) -> dict[str, Path]:
@@ -50,13 +57,16 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     """
     stages = _read(path)
     places = {name: f"{folder / name}/VERSION" for name in stages}
+    earlier: dict[str, dict[str, Any]] = {}
     for name, commands in stages.items():
         for number, command in enumerate(commands):
             try:
-                config = config_of(_seeded([*_arguments(command, places), *options], number))
-                _check(yaml.safe_load(config), list(places.values()), several=len(commands) > 1)
+                arguments = _seeded([*_arguments(command, places), *options], number)
+                config = yaml.safe_load(config_of(arguments))
+                _check(arguments, config, earlier, several=len(commands) > 1)
             except ValueError as error:
                 raise ConfigError(f"{path}: stage {name!r}: {error}") from None
+        earlier[places[name]] = config
     chosen: dict[str, Path] = {}
     for name, commands in stages.items():
         runs = []
@@ -110,41 +120,73 @@ def _are_lines(lines: Any) -> bool:
     return isinstance(lines, list) and bool(lines) and all(isinstance(line, str) for line in lines)
 
 
-def _check(config: dict[str, Any], places: list[str], several: bool) -> None:
-    """Raise unless what a config names, and the parser takes on trust, is there or will be written by an earlier stage.
+def _check(arguments: list[str], config: dict[str, Any], earlier: dict[str, dict[str, Any]], several: bool) -> None:
+    """Raise unless a run can begin: all of it is made, with a stand-in for what an earlier stage will have written.
 
     Args:
-        config: of a run.
-        places: folders of the stages' runs, to be.
+        arguments: of ``lightning fit``.
+        config: what they mean.
+        earlier: configs of earlier stages by the folders of their runs, to be.
         several: whether it is one of several of its stage.
     """
-    data, model, held_out = config["data"], config["model"], config["held_out"]["families"] or []
-    for name, value in (("data.env", data["env"]), ("model", model)):
+    for name, value in (("data.env", config["data"]["env"]), ("model", config["model"])):
         if value is None:
             raise ConfigError(f"{name}: not given")
-    check_seed(config["seed_everything"])
     _check_checkpoints(config["trainer"])
     if several and (config["checkpoint"]["monitor"] != "val/return" or config["trainer"].get("limit_val_batches") == 0):
         raise ConfigError(
             "checkpoint.monitor, trainer.limit_val_batches: the best of several runs is told by val/return of validations"
         )
-    spec = env_spec(data["env"], data["env_kwargs"])
-    options = model["init_args"]
-    families = [options.get("family"), *(held_out.values() if isinstance(held_out, dict) else held_out)]
-    for family in families:
-        if isinstance(family, str):
-            as_family(family)
-    for option in ("start", "expert"):
-        given = options.get(option)
-        if not isinstance(given, str):  # none, or a class and its arguments
-            continue
-        place = next((place for place in places if given.startswith(f"{place}/")), None)
-        if place and given.removeprefix(f"{place}/") not in WRITTEN:
-            raise ConfigError(
-                f"model.{option}={given.removeprefix(place)!r} of an earlier run: it writes {', '.join(WRITTEN)}"
-            )
-        if not place:
-            load(given) if option == "start" else expert_from(given, spec)
+    stand_ins = []
+    options = {f"model.{option}": value for option, value in config["model"]["init_args"].items()}
+    options["ckpt_path"] = config["ckpt_path"]
+    for option, stand_in in (("ckpt_path", "null"), ("model.start", "null"), ("model.expert", class_path(Unwritten))):
+        given = str(options.get(option))
+        place = next((place for place in earlier if given.startswith(f"{place}/")), None)
+        if place is not None:
+            _check_written(option, given.removeprefix(f"{place}/"), config, earlier[place])
+            stand_ins.append(f"--{option}={stand_in}")
+    logging.disable(logging.INFO)
+    try:
+        with (
+            tempfile.TemporaryDirectory() as root,
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()) as said,
+        ):
+            run_lightning(["fit", *arguments, *stand_ins, f"--trainer.default_root_dir={root}"], CheckingCLI)
+    except SystemExit:
+        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2]) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _check_written(option: str, file: str, config: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Raise unless an earlier stage writes this file, and it is what an option takes, of the same shapes."""
+    distils = issubclass(imported(earlier["model"]["class_path"]), MetaPPO)
+    policies = DATASETS if distils else CHECKPOINTS
+    written = {"ckpt_path": CHECKPOINTS, "model.start": DATASETS if distils else (), "model.expert": policies}[option]
+    if file not in written:
+        raise ConfigError(
+            f"{option}={file!r} of an earlier stage, by {earlier['model']['class_path']}: allowed of it are {', '.join(written) or 'none'}"
+        )
+    mine, its = (env_spec(each["data"]["env"], each["data"]["env_kwargs"]) for each in (config, earlier))
+    shapes = [(spec.observation_shape, spec.action_type, spec.actions) for spec in (mine, its)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{option}={file!r} of an earlier stage in {its.id}, with observations, actions, outputs {shapes[1]}; "
+            f"data.env={mine.id!r} has {shapes[0]}"
+        )
+
+
+class Unwritten(Expert):
+    """Stands for an expert that an earlier stage will have written."""
+
+    def __init__(self, spec: EnvSpec) -> None:
+        self.outputs = spec.actions
+        self.log_std = torch.zeros(spec.actions) if spec.action_type == "continuous" else None
+
+    def output(self, observations: Tensor) -> Tensor:
+        return observations.new_zeros(len(observations), self.outputs)
 
 
 def _check_checkpoints(trainer: dict[str, Any]) -> None:
@@ -173,12 +215,10 @@ def _arguments(command: str, folders: dict[str, Any]) -> list[str]:
 
 def config_of(arguments: Sequence[str]) -> str:
     """The whole config of ``lightning fit`` with these arguments; what it says of them, if it does not understand, is the error."""
-    from .lightning_cli import run
-
     config, said = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(config), redirect_stderr(said):
-            run(["fit", *arguments, "--print_config"])
+            run_lightning(["fit", *arguments, "--print_config"])
     except SystemExit as ended:
         if ended.code:
             raise ConfigError(said.getvalue().strip().rpartition("error: ")[2]) from None

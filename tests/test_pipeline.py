@@ -120,11 +120,27 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
         ),
         (
             "a: --data.env=CartPole-v1\nb: --data.env=CartPole-v1 --model.start=cartpole_1e",
-            "stage 'b': cartpole_1e: no such file",
+            "stage 'b': model.start='cartpole_1e': .*no such file.* did you mean cartpole_1d",
         ),
         (
             "a: --data.env=CartPole-v1\nb: --data.env=CartPole-v1 --model.start=${a}/distiled.safetensors",
-            r"stage 'b': model\.start='.*/distiled\.safetensors' of an earlier run: it writes distilled\.safetensors",
+            r"stage 'b': model\.start='distiled\.safetensors' of an earlier stage.*: allowed of it are distilled\.safetensors",
+        ),
+        (
+            "a: --data.env=CartPole-v1 --model=PPO\nb: --data.env=CartPole-v1 --model.start=${a}/distilled.safetensors",
+            r"stage 'b': model\.start='distilled\.safetensors' of an earlier stage, by .*PPO: allowed of it are none",
+        ),
+        (
+            "a: --data.env=CartPole-v1\nb: --data.env=Acrobot-v1 --model.start=${a}/distilled.safetensors",
+            r"stage 'b': model\.start=.* in CartPole-v1, .*\(4,\).*data\.env='Acrobot-v1' has \(\(6,\)",
+        ),
+        (
+            f"{STAGES}  --model.learners=16",
+            r"stage 'student': data\.num_envs=8: allowed are multiples of model\.learners=16",
+        ),
+        (
+            "a: --data.env=CartPole-v1 --model.optimizer.lr=-1",
+            r"stage 'a': model\.optimizer: .*-1",
         ),
     ],
 )
@@ -134,9 +150,14 @@ def test_what_is_no_pipeline_is_named_before_anything_runs(pipeline, tmp_path, c
     assert not list(tmp_path.rglob("version_*"))
 
 
-def test_a_run_that_fails_is_named(pipeline, tmp_path):
-    with pytest.raises(ConfigError, match="stage 'a' ended with exit code 2"):
-        run_pipeline(pipeline(f"a: {SHORT} --data.env=CartPole-v1 --model.minibatches=1000"), tmp_path / "out")
+def test_a_run_that_fails_is_named(pipeline, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("fails.py").write_text(
+        "import lightning as L\n\nclass Fails(L.Callback):\n    def on_train_start(self, *_):\n        raise OSError"
+    )
+    path = pipeline(f"a: {SHORT} --data.env=CartPole-v1 --trainer.callbacks+=fails.Fails")
+    with pytest.raises(ConfigError, match="stage 'a' ended with exit code 1"):
+        run_pipeline(path, tmp_path / "out")
 
 
 def test_a_pipeline_that_is_told_to_end_begins_no_further_run(pipeline, tmp_path, monkeypatch):
@@ -189,8 +210,13 @@ def test_of_several_runs_of_a_stage_the_best_by_validation_goes_on(pipeline, tmp
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_pipelines_speak_of_files_that_are_there(path):
-    stages = yaml.safe_load(path.read_text())
-    for command in [line for lines in stages.values() for line in ([lines] if isinstance(lines, str) else lines)]:
-        config = command.partition("--config ")[2].split()[0]
-        assert (ROOT / config).is_file(), config
+def test_every_run_of_a_shipped_pipeline_can_begin(path, tmp_path, monkeypatch):
+    def begin(name, *_):
+        begun.append(name)
+        raise KeyboardInterrupt
+
+    begun = []
+    monkeypatch.setattr("lightning_distill.pipeline.finished_run", begin)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(str(path), tmp_path)
+    assert begun[0].partition("/")[0] == next(iter(yaml.safe_load(path.read_text()))), "after all were looked at"
