@@ -115,6 +115,8 @@ def test_gradient_of_the_divergence_reaches_the_batch_alone():
         (loss - 0.0 * entropy).backward()
         touched = {key for key, parameter in module.named_parameters() if parameter.grad is not None}
         assert touched == {key for key, _ in module.named_parameters() if key.startswith("actor.")}
+        assert all(module.actor.get_parameter(key).grad.any() for key in ("observations", "targets"))
+        assert not any(parameter.grad.any() for parameter in module.actor.noise.parameters()), "the expert's is kept"
         assert not log_ratio.any()
         assert entropy.isfinite()
 

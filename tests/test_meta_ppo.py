@@ -3,8 +3,9 @@ import probes  # noqa: F401  registers the probe environments
 import pytest
 import torch
 
-from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, teach_many
+from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, evaluate_all, teach_many
 from lightning_distill.envs import EnvSpec, env_spec
+from lightning_distill.evaluation import IN_DISTRIBUTION, UNTAUGHT
 from lightning_distill.objectives import generalized_advantages
 from lightning_distill.ppo import PPO, clipped_step
 
@@ -442,3 +443,13 @@ def test_a_small_gain_makes_taught_learners_alike():
     torch.manual_seed(0)
     observations = torch.randn(100, 3)
     assert spread(0.05) < 0.3 * spread(1.0)
+
+
+def test_pairs_learn_to_teach():
+    """The whole of it: three pairs, 100 k steps, and networks that were not there when it learned."""
+    module = small_run(
+        data={"env_steps": 100_000, "num_envs": 64, "rollout_length": 50}, pairs=3, learners=8, epochs=10, minibatches=4
+    )
+    table = evaluate_all(module.distilled(), kinds=("sampled",), learners=30)
+    assert table[IN_DISTRIBUTION]["sampled"].mean > 200
+    assert table[UNTAUGHT]["sampled"].mean < 60
