@@ -146,7 +146,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _carried_along(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state with its files, which lie beside the checkpoint, in this run's folder; empty if they are gone.
 
-        Where they were when it was written says little: the folder may have been moved, and what is relative was so to another place.
+        The paths in it are not used: the folder may have moved since, and relative ones depend on the working directory.
         """
         there = self._loaded_from
         to = {path: os.path.join(str(self.dirpath), os.path.basename(path)) for path in state["best_k_models"]}

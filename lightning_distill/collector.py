@@ -161,5 +161,5 @@ class WorkerPolicy(nn.Module):
 def _on_its_own(module: PPO) -> PPO:
     """A copy on the CPU that can go to another process."""
     bare = copy.copy(module)  # Lightning leaves the trainer out
-    bare.leave_behind()
+    bare.prepare_for_worker()
     return copy.deepcopy(bare).cpu()

@@ -18,8 +18,8 @@ Losses = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 class CompiledLosses:
     """Losses of critic and actor, which share no parameter, as a function of a batch and of whether the actor learns.
 
-    What is compiled holds both backward passes, as one that goes through a compiled step would be a second derivative, which
-    ``torch.compile`` does not know. What is returned has its gradients already; going backward from it only hands them on.
+    The forward and both backward passes are compiled together, because ``torch.compile`` cannot differentiate a compiled function twice.
+    The losses that are returned carry gradients that are computed already; ``backward`` only hands them on.
 
     Args:
         losses: of a batch, and of whether the actor learns.
@@ -37,21 +37,21 @@ class CompiledLosses:
         self.compiled = torch.compile(self._differentiated, fullgraph=True, dynamic=False, isolate_recompiles=True)
 
     def _differentiated(self, batch: Batch, learns: bool) -> tuple[Losses, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        value_loss, policy_loss, told = self.losses(batch, learns)
+        value_loss, policy_loss, policy_metrics = self.losses(batch, learns)
         of_critic = torch.autograd.grad(value_loss, self.critic)
         of_actor = torch.autograd.grad(policy_loss, self.actor, allow_unused=True) if learns else ()
-        told = {name: tensor.detach() for name, tensor in told.items()}
-        return (value_loss.detach(), policy_loss.detach() if learns else None, told), of_critic, of_actor
+        policy_metrics = {name: tensor.detach() for name, tensor in policy_metrics.items()}
+        return (value_loss.detach(), policy_loss.detach() if learns else None, policy_metrics), of_critic, of_actor
 
     def __call__(self, batch: Batch, learns: bool) -> Losses:
         try:
-            (value_loss, policy_loss, told), of_critic, of_actor = self.compiled(batch, learns)
+            (value_loss, policy_loss, policy_metrics), of_critic, of_actor = self.compiled(batch, learns)
         except torch._dynamo.exc.TorchDynamoException as error:
             first, *others = str(error).strip().splitlines()
             reason = f"{first} {others[0]}" if first.endswith("raised:") and others else first
             raise ConfigError(f"model.compile=true: {reason}; allowed here is false") from error
         value_loss = _Differentiated.apply(value_loss, of_critic, *self.critic)
-        return value_loss, _Differentiated.apply(policy_loss, of_actor, *self.actor) if learns else None, told
+        return value_loss, _Differentiated.apply(policy_loss, of_actor, *self.actor) if learns else None, policy_metrics
 
 
 class _Differentiated(torch.autograd.Function):

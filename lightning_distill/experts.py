@@ -108,7 +108,7 @@ class TrainedPolicy(Expert):
 
 
 def _own_family(path: str, arguments: dict[str, Any]) -> LearnerFamily:
-    """As a config's class path and arguments mean it. A checkpoint may hold any words: only networks and families are made of them."""
+    """A family from a checkpoint's class path and arguments; subclasses of nn.Module and LearnerFamily alone, as the file may hold any words."""
     found = imported(path)
     if not isinstance(found, type) or not issubclass(found, nn.Module | LearnerFamily):
         raise TypeError(f"family={path!r}: with arguments allowed are classes of nn.Module and LearnerFamily")

@@ -35,10 +35,10 @@ class Imitation(MetaPPO):
 
     The expert acts; the loss is KL(expert ‖ learner) in the states that it visits, back-propagated through the step. Pairs
     begin as random states of its episodes with its outputs, as they are before ``observation_gain``: where that is small pairs lie
-    further out than what learners are fed, for a longer step. Normaliser and noise are the expert's, ``log_std_min`` or not; of games
-    learners without an encoder are fed frames less the mean of those states: random features of what never moves drown what does. There is no
-    noise of returns in it, so it takes a small part of the steps that reward takes; what it reaches is the expert's return at best.
-    Where actions are clipped to bounds, means beyond the same bound count as alike (:func:`within`).
+    further out than what learners are fed, for a longer step. Normaliser and noise are the expert's, ``log_std_min`` or not; in games
+    learners without an encoder are fed frames less their mean over those states, as a static background dominates random features. The loss
+    has no noise of returns, so it takes far fewer steps than reward; what it reaches is the expert's return at best.
+    Where actions are clipped to bounds, means beyond the same bound count as alike (:func:`clip_means`).
     Learners' own states (DAgger, Ross et al. 2011) make a worse batch: those of learners that fall over outweigh all others.
 
     Args:
@@ -83,13 +83,13 @@ class Imitation(MetaPPO):
         if self.start is None:
             self.first_steps = EPISODES * STEPS
             if self._expert.mean is not None:
-                self._fix_normaliser(self._expert.mean, self._expert.std)
+                self._freeze_normaliser(self._expert.mean, self._expert.std)
 
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         return super().make_actor(log_std, -math.inf)  # noise is the expert's or the start's, however small
 
-    def leave_behind(self) -> None:
-        super().leave_behind()
+    def prepare_for_worker(self) -> None:
+        super().prepare_for_worker()
         self._seen = None
 
     def check_rollouts(self, data: CollectorDataModule) -> None:
@@ -115,10 +115,10 @@ class Imitation(MetaPPO):
             if self._expert.mean is None:
                 moments = self.observation_moments
                 moments.update(states.to(self.device), self._sum_over_processes)
-                self._fix_normaliser(moments.mean, moments.std)
+                self._freeze_normaliser(moments.mean, moments.std)
             if self.spec.frames and self.encoder_level == 0:
                 mean, std = states.mean(0, dtype=torch.float32), self.observation_moments.std
-                self._fix_normaliser(self.trainer.strategy.broadcast(mean), std)
+                self._freeze_normaliser(self.trainer.strategy.broadcast(mean), std)
             generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, 6))
             rows = torch.randint(len(states), (self.synthetic_batch.pairs,), generator=generator)
             # Each process played episodes of its own; pairs are the same in all.
@@ -190,15 +190,15 @@ class Imitation(MetaPPO):
         # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
         wanted = batch["expert"]
         if self.log_std is not None:
-            wanted, output = within(wanted, output, self.log_std.detach().exp(), self._bounds)
-        loss = divergence(wanted, output, self._expert.log_std).mean()
+            wanted, output = clip_means(wanted, output, self.log_std.detach().exp(), self._bounds)
+        loss = kl_divergence(wanted, output, self._expert.log_std).mean()
         return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
 
     def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
         super()._log({name: value for name, value in metrics.items() if name not in NOT_HERE}, frames)
 
 
-def within(expert: Tensor, output: Tensor, std: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def clip_means(expert: Tensor, output: Tensor, std: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Means [..., d] as they count where actions are clipped to bounds [2, d]: beyond the same bound all means act alike.
 
     An expert's mean is taken no further than two standard deviations [d] beyond a bound, where nearly all actions are clipped; a
@@ -210,7 +210,7 @@ def within(expert: Tensor, output: Tensor, std: Tensor, bounds: Tensor) -> tuple
     return expert.clamp(lowest, highest), output
 
 
-def divergence(expert: Tensor, output: Tensor, log_std: Tensor | None) -> Tensor:
+def kl_divergence(expert: Tensor, output: Tensor, log_std: Tensor | None) -> Tensor:
     """KL(expert ‖ learner) [...] of two policies with these outputs [..., d] and, if Gaussian, the same log_std [d]."""
     if log_std is None:
         return (expert.softmax(-1) * (expert.log_softmax(-1) - output.log_softmax(-1))).sum(-1)

@@ -24,7 +24,7 @@ from .envs import env_spec, make_env, simulator_threads, stream_seed
 from .evaluation import check_matches, trained_family
 from .learners import MLP
 from .moments import RunningMoments
-from .nature import FRAMES, LEVELS, WHITE, NatureCNN, make_encoder
+from .nature import FRAMES, LEVELS, MAX_PIXEL, NatureCNN, make_encoder
 from .teaching import seeded, teach_many
 
 DISCRETE, CONTINUOUS = ("x", "y", "inner_lr"), ("x", "y_mean", "y_logstd", "inner_lr")
@@ -67,7 +67,7 @@ def import_released(
             targets=targets,
             learning_rate=rate.reshape(()) if rate.numel() == 1 else rate,
             observation_mean=torch.zeros(shape),
-            observation_std=torch.full(shape, WHITE if shape == FRAMES else 1.0),
+            observation_std=torch.full(shape, MAX_PIXEL if shape == FRAMES else 1.0),
             log_std=log_std,
             encoder=layers,
             env=env,

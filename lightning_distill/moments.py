@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .nature import FRAMES, WHITE
+from .nature import FRAMES, MAX_PIXEL
 
 
 class FrameScale(nn.Module):
@@ -19,12 +19,12 @@ class FrameScale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(FRAMES))
-        self.register_buffer("std", torch.full(FRAMES, WHITE), persistent=False)
+        self.register_buffer("std", torch.full(FRAMES, MAX_PIXEL), persistent=False)
 
     def update(self, values: Tensor, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
         """Nothing: what a byte means is known."""
 
-    def fix(self, mean: Tensor, std: Tensor) -> None:
+    def freeze(self, mean: Tensor, std: Tensor) -> None:
         """Take this mean [*FRAMES]; the standard deviation is the same always."""
         self.mean.copy_(mean)
 
@@ -62,8 +62,8 @@ class RunningMoments(nn.Module):
         self.mean.add_(delta * weight)
         self.count.copy_(total.flatten()[0])
 
-    def fix(self, mean: Tensor, std: Tensor) -> None:
-        """Take these [*shape] for good: nothing that is seen moves them."""
+    def freeze(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and std [*shape] for good: later updates have no effect."""
         self.mean.copy_(mean)
         self.variance.copy_(std.double().square() - 1e-8)  # which ``std`` adds
         self.count.fill_(torch.inf)

@@ -37,7 +37,7 @@ CUTS = (0, 2, 4, 6, 9)
 #: Height and width of what the encoder of levels 0 … 3 returns.
 SIDES = (84, 20, 9, 7)
 #: What a frame's bytes are divided by.
-WHITE = 255.0
+MAX_PIXEL = 255.0
 
 
 def level_of(shape: Sequence[int]) -> int:
@@ -62,10 +62,10 @@ def scaled(frames: Tensor, mean: Tensor | None = None) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     # Moved while they are bytes: half the time of a conversion that moves.
     flat = frames.reshape(-1, *frames.shape[-3:]).contiguous(memory_format=torch.channels_last)
-    flat = flat.to(dtype, copy=True).div_(WHITE)
+    flat = flat.to(dtype, copy=True).div_(MAX_PIXEL)
     if mean is not None:
         # In the same layout, as another takes twice as long as all that is above.
-        flat.sub_((mean / WHITE).to(dtype).unsqueeze(0).contiguous(memory_format=torch.channels_last))
+        flat.sub_((mean / MAX_PIXEL).to(dtype).unsqueeze(0).contiguous(memory_format=torch.channels_last))
     return flat.view(frames.shape)
 
 

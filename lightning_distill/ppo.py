@@ -202,8 +202,8 @@ class PPO(L.LightningModule):
             except ValueError as error:
                 raise ConfigError(f"model.start={start!r}: {error}") from None
 
-    def leave_behind(self) -> None:
-        """Let go of what a copy that acts in another process cannot take along: what makes optimisers, what is compiled."""
+    def prepare_for_worker(self) -> None:
+        """Drop what cannot be pickled for a worker that acts: what makes optimisers, and compiled functions."""
         self.optimizer = self.critic_optimizer = self.scheduler = self._compiled = None
 
     # --- acting -------------------------------------------------------------------------------------------------
@@ -340,16 +340,16 @@ class PPO(L.LightningModule):
         for _ in range(self.epochs):
             for index in torch.randperm(count, device=device).tensor_split(self.minibatches):
                 batch = {name: tensor.index_select(1, index) for name, tensor in samples.items()}
-                value_loss, policy_loss, told = losses(batch, not stopped)
+                value_loss, policy_loss, policy_metrics = losses(batch, not stopped)
                 found = {"loss/value": value_loss}
                 if not stopped:
-                    kl = found["policy/kl"] = self._mean_over_processes(told["policy/kl"])
-                    found["policy/clip_fraction"] = told["policy/clip_fraction"]
+                    kl = found["policy/kl"] = self._mean_over_processes(policy_metrics["policy/kl"])
+                    found["policy/clip_fraction"] = policy_metrics["policy/clip_fraction"]
                     stopped = self.target_kl < math.inf and bool(kl > self.target_kl)
                 if stopped:
                     policy_loss = no_loss(actor_params)
                 else:
-                    found |= {name: told[name] for name in ("loss/policy", "policy/entropy")}
+                    found |= {name: policy_metrics[name] for name in ("loss/policy", "policy/entropy")}
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 self.manual_backward(policy_loss + self.value_coef * value_loss)
@@ -377,12 +377,12 @@ class PPO(L.LightningModule):
             return value_loss, None, {}
         policy_loss, entropy, log_ratio = self._policy_loss(batch)
         with torch.no_grad():
-            told = {
+            policy_metrics = {
                 "policy/kl": approximate_kl(log_ratio),
                 "policy/clip_fraction": (log_ratio.exp() - 1).abs().gt(self.clip).float().mean(),
             }
-        told |= {"loss/policy": policy_loss, "policy/entropy": entropy}
-        return value_loss, policy_loss - self.entropy_coef * entropy, told
+        policy_metrics |= {"loss/policy": policy_loss, "policy/entropy": entropy}
+        return value_loss, policy_loss - self.entropy_coef * entropy, policy_metrics
 
     def _inputs(self, observations: Tensor) -> dict[str, Tensor]:
         """What critic and policies are fed for an environment's observations; the same where both have one normaliser."""
@@ -670,13 +670,13 @@ class PPO(L.LightningModule):
         self._begin_actor_as(dataset)
         if dataset.log_std is not None:
             self.actor.noise.begin_with(dataset.log_std)
-        self._fix_normaliser(dataset.observation_mean, dataset.observation_std)
+        self._freeze_normaliser(dataset.observation_mean, dataset.observation_std)
         self.observation_clip = dataset.observation_clip
 
-    def _fix_normaliser(self, mean: Tensor, std: Tensor) -> None:
-        """Take this normaliser for good; encoders are fed frames as they are, whatever it is."""
+    def _freeze_normaliser(self, mean: Tensor, std: Tensor) -> None:
+        """Keep this normaliser for good; encoders are fed frames as they are, whatever it is."""
         if not self.encoder_level:
-            self.observation_moments.fix(mean, std)
+            self.observation_moments.freeze(mean, std)
 
     def _at_encoder_level(self, dataset: DistilledDataset) -> DistilledDataset:
         """A dataset whose encoder has as many layers as this run's, made of ``model.start``'s."""

@@ -194,7 +194,7 @@ def wide(value: Tensor) -> Tensor:
 
 
 def _size(parameter: Tensor) -> Tensor:
-    """How large [K] a parameter [K, …] is: a matrix by its norm; a vector as if each entry were 1, as biases begin with 0."""
+    """Norm [K] of a parameter [K, …] that is a matrix; of a vector √entries, that of ones, since biases begin at 0."""
     matrices = wide(_as_matrices(parameter))
     if 1 in matrices.shape[1:]:
         return matrices.new_full((len(matrices),), math.sqrt(matrices[0].numel()))

@@ -24,7 +24,7 @@ from .step_rules import STEP_RULES, StepRule, best_steps, wide
 
 #: Pairs on which modules are compared before they are stacked.
 CHECKED = 8
-#: Observations, over all learners, on which modules are taught at once: what one like attention holds of all may be more than there is memory.
+#: Upper bound on learners × pairs that modules are taught on in one call, to bound memory.
 AT_ONCE = 512
 LOG_STD_NAMES = ("log_std", "logstd")
 

@@ -10,12 +10,13 @@ import torch
 from test_meta_ppo import small_run
 from test_teaching import RandomFeatures
 from torch import nn
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import Categorical, Normal
+from torch.distributions import kl_divergence as torchs
 
 from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
 from lightning_distill.envs import env_spec
 from lightning_distill.experts import TAUGHT, Expert
-from lightning_distill.imitation import Imitation, divergence, within
+from lightning_distill.imitation import Imitation, clip_means, kl_divergence
 
 
 def other_learners(iterations, model=Imitation, **options):
@@ -124,19 +125,19 @@ def test_gradient_of_the_divergence_reaches_the_batch_alone():
 def test_divergences_are_those_of_torch():
     expert, output, log_std = torch.randn(3, 5, 2), torch.randn(3, 5, 2), torch.randn(2)
     categorical = [Categorical(logits=logits) for logits in (expert, output)]
-    torch.testing.assert_close(divergence(expert, output, None), kl_divergence(*categorical))
+    torch.testing.assert_close(kl_divergence(expert, output, None), torchs(*categorical))
     normal = [Normal(mean, log_std.exp()) for mean in (expert, output)]
-    torch.testing.assert_close(divergence(expert, output, log_std), kl_divergence(*normal).sum(-1))
+    torch.testing.assert_close(kl_divergence(expert, output, log_std), torchs(*normal).sum(-1))
 
 
 def test_means_beyond_the_same_bound_are_alike():
     expert = torch.tensor([[3.0, 3.0, 3.0, 0.5, -3.0, -3.0]])
     output = torch.tensor([[9.0, 1.3, -2.0, 4.0, -1.5, 0.0]], requires_grad=True)
-    wanted, counted = within(expert, output, torch.full((6,), 0.25), torch.tensor([[-1.0] * 6, [1.0] * 6]))
+    wanted, counted = clip_means(expert, output, torch.full((6,), 0.25), torch.tensor([[-1.0] * 6, [1.0] * 6]))
     torch.testing.assert_close(wanted - counted, torch.tensor([[0.0, 0.2, 3.5, -3.5, 0.0, -1.5]]))
     (wanted - counted).square().sum().backward()
     assert output.grad.ne(0).tolist() == [[False, True, True, True, False, True]]
-    free, same = within(expert, output, torch.ones(6), torch.tensor([[-math.inf] * 6, [math.inf] * 6]))
+    free, same = clip_means(expert, output, torch.ones(6), torch.tensor([[-math.inf] * 6, [math.inf] * 6]))
     assert free.equal(expert)
     assert same.equal(output)
 
