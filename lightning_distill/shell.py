@@ -243,12 +243,17 @@ def import_file(
     if normaliser_steps < 0 or evaluate < 0:
         raise ConfigError(f"normaliser_steps={normaliser_steps}, evaluate={evaluate}: allowed are integers ≥ 0")
     pairs = import_released(file, env, encoder)
+    if normaliser_steps and pairs.action_type == "discrete":
+        raise ConfigError(
+            f"normaliser_steps={normaliser_steps}: their pairs for cart-pole and games are of observations as they are; allowed is 0"
+        )
     command = ["lightning-distill", "import", Path(file).name, "--env", env, "-o", Path(output).name]
     command += ["--encoder", Path(encoder).name] if encoder else []
     taken = 0
     if normaliser_steps:
         pairs, taken = estimate_normaliser(pairs, normaliser_steps, seed)
         command += ["--normaliser_steps", str(normaliser_steps), "--seed", str(seed)]
+    command += ["--evaluate", str(evaluate)] if evaluate else []
     pairs = pairs.with_metadata(command=shlex.join(command))
     path = pairs.save(output)  # a place that cannot be written to is better known before the evaluation
     if evaluate:
@@ -262,6 +267,8 @@ def import_file(
     console.print(repr(pairs), highlight=False, markup=False, soft_wrap=True)
     if taken:
         print(f"normaliser estimated from {taken} environment steps")
+    if len(pairs.observation_shape) == 3 and encoder is None:
+        print("of encoder level 0: pairs of a higher level teach nothing without their encoder (--encoder)")
     print(f"written: {path}")
 
 

@@ -218,6 +218,26 @@ def test_import_from_the_shell(saved, tmp_path, capsys):
     assert entry["learners"] == 3
     assert entry["mean"] == pytest.approx(evaluate(dataset, learners=3).mean)
     assert dataset.metadata["command"] == (
-        "lightning-distill import theirs.pt --env InvertedPendulum-v4 -o ours.safetensors --normaliser_steps 160 --seed 3"
+        "lightning-distill import theirs.pt --env InvertedPendulum-v4 -o ours.safetensors --normaliser_steps 160 --seed 3 "
+        "--evaluate 3"
     )
     assert str(tmp_path) not in repr(dataset.metadata)
+
+
+def test_pairs_of_observations_as_they_are_get_no_normaliser(saved, tmp_path, capsys):
+    output = tmp_path / "ours.safetensors"
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "import",
+                str(saved(cart_pole())),
+                "--env",
+                "CartPole2D-v0",
+                "-o",
+                str(output),
+                "--normaliser_steps",
+                "160",
+            ]
+        )
+    assert "normaliser_steps=160: " in capsys.readouterr().err
+    assert not output.exists()
