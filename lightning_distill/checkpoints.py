@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import threading
 import time
 import zipfile
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save, if ``save_on_exception`` is set and nothing stands in the way."""
         if trainer.state.fn != "fit":
-            return  # what is tested is the best, and no last checkpoint
+            return  # in a test the weights are the best ones', which must not take the place of the last
         # All processes save together. Where one alone broke it would wait for the others, and they for it.
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
             return
@@ -169,7 +170,7 @@ def make_resumable(checkpoint: dict[str, Any]) -> None:
     """Change Lightning's counters in a checkpoint of one epoch, the whole run, so that it goes on where it stopped.
 
     Args:
-        checkpoint: with ``validated``, whether it was since it learned last.
+        checkpoint: changed in place; its entry ``validated`` says whether the model was validated after its last update.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if loop is None:
@@ -209,9 +210,12 @@ class StopTogether(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def leave(*_: Any) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # the other processes, which may not have been told
             raise SIGTERMException
 
-        signal.signal(signal.SIGTERM, leave)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, leave)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":

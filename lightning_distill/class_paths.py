@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def described(family: LearnerFamily, known: type[LearnerFamily], arguments: dict[str, Any]) -> dict[str, Any]:
-    """A family of a class of this package; one of a subclass, which may draw others, has that one's path."""
+    """A family's entry in a file. A subclass is named by its own path, as it may draw others."""
     path = f"lightning_distill.{known.__name__}" if type(family) is known else class_path(type(family))
     return {"class_path": path, "init_args": arguments}
 

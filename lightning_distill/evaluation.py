@@ -299,7 +299,7 @@ def check_begins(option: str, dataset: DistilledDataset, spec: EnvSpec) -> None:
 
 
 def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, rules: Sequence[str]) -> None:
-    """Raise ``ConfigError`` unless learners of a family can be taught by these rules, two of them on two pairs, and act on one observation.
+    """Raise ``ConfigError`` unless two learners of a family can be taught on two pairs by each rule, and then act on one observation each.
 
     Before anybody plays or trains. Random state stays as it is.
     """
@@ -307,16 +307,18 @@ def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, ru
     device = few.observations.device
     for rule, member in itertools.product(rules, members(family)):
         chosen_rule(dataset, rule)  # whose absence is no fault of the family
-        try:
-            with keep_random_state(device):
+        with keep_random_state(device):
+            try:
                 taught = teach_many(member, few, 2, rule, device=device)
-        except Exception as error:  # somebody else's module may raise anything
-            raise ConfigError(f"{name} cannot be taught by {rule} ({error or type(error).__name__})") from error
-        try:
-            observation = torch.zeros(2, 1, *dataset.observation_mean.shape, device=device)
-            check_outputs(taught.output(observation), (2, 1, dataset.outputs))
-        except Exception as error:
-            raise ConfigError(f"{name} cannot act on one observation ({error or type(error).__name__})") from error
+            except Exception as error:  # somebody else's module may raise anything
+                reason = str(error) or type(error).__name__
+                raise ConfigError(f"{name} cannot be taught by {rule} ({reason})") from error
+            try:
+                observation = torch.zeros(2, 1, *dataset.observation_mean.shape, device=device)
+                check_outputs(taught.output(observation), (2, 1, dataset.outputs))
+            except Exception as error:
+                reason = str(error) or type(error).__name__
+                raise ConfigError(f"{name} cannot act on one observation ({reason})") from error
 
 
 def played_in(dataset: DistilledDataset, env: str | None = None, env_kwargs: dict[str, Any] | None = None) -> EnvSpec:

@@ -20,7 +20,7 @@ from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
 from .learners import LearnerFamily
 from .modules import ModuleFamily
-from .ppo import PPO
+from .ppo import OBSERVATION_CLIP, PPO
 from .teaching import seeded, teach_many
 
 #: Taught learners whose mean output is a dataset's: what any of them does by chance is averaged out.
@@ -91,6 +91,7 @@ class TrainedPolicy(Expert):
             names = ("encoder_level", "log_std_min")
             module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
             module.load_state_dict(state)
+            module.observation_clip = checkpoint.get("observation_clip", OBSERVATION_CLIP)
         except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise ConfigError(f"model.expert={path!r}: its policy cannot be built ({error})") from None
         mine, its = [(s.observation_shape, s.action_type, s.actions) for s in (module.spec, spec)]

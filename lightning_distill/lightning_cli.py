@@ -159,9 +159,7 @@ class DistillCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         # Advertising, and a notice for developers of Lightning itself; all other messages pass.
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-            lambda record: "litlogger" not in record.msg
-        )
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
         # Evaluations are gathered before they are logged: all processes log the same.
         warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
@@ -215,7 +213,7 @@ class DistillCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, TypeError) as error:
+        except MisconfigurationException as error:
             # It names the options that it is about, but for those that differ from machine to machine.
             if not re.search("backend|accelerator|device", str(error)):
                 raise
@@ -248,7 +246,7 @@ class DistillCLI(LightningCLI):
             parser.callback_keys = [key for key in parser.callback_keys if key not in ("held_out", "export")]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # of Lightning, of options that do not go together
+        except (ValueError, TypeError) as error:  # of Lightning, of options that cannot be or do not go together
             raise ConfigError(f"trainer: {error}") from error
         for callback in trainer.callbacks:
             if isinstance(callback, ExportDataset):
@@ -262,6 +260,10 @@ class DistillCLI(LightningCLI):
         # Not a checkpoint callback of the user's, which would come first: it may have kept another moment.
         best = next((own.best_model_path for own in trainer.checkpoint_callbacks if isinstance(own, RunCheckpoint)), "")
         trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
+
+
+def _no_advertising(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.msg
 
 
 def _logged_in_to_wandb() -> bool:

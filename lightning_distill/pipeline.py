@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from .checkpoints import AtomicCheckpointIO
@@ -57,16 +61,17 @@ def run_pipeline(path: str, folder: Path, options: Sequence[str] = (), output: A
     """
     stages = _read(path)
     places = {name: f"{folder / name}/VERSION" for name in stages}
-    earlier: dict[str, dict[str, Any]] = {}
+    earlier: dict[str, list[dict[str, Any]]] = {}
     for name, commands in stages.items():
+        configs = []
         for number, command in enumerate(commands):
             try:
                 arguments = _seeded([*_arguments(command, places), *options], number)
-                config = yaml.safe_load(config_of(arguments))
-                _check(arguments, config, earlier, several=len(commands) > 1)
+                configs.append(yaml.safe_load(config_of(arguments)))
+                _check(arguments, configs[-1], earlier, several=len(commands) > 1)
             except ValueError as error:
                 raise ConfigError(f"{path}: stage {name!r}: {error}") from None
-        earlier[places[name]] = config
+        earlier[places[name]] = configs
     chosen: dict[str, Path] = {}
     for name, commands in stages.items():
         runs = []
@@ -120,13 +125,17 @@ def _are_lines(lines: Any) -> bool:
     return isinstance(lines, list) and bool(lines) and all(isinstance(line, str) for line in lines)
 
 
-def _check(arguments: list[str], config: dict[str, Any], earlier: dict[str, dict[str, Any]], several: bool) -> None:
+def _check(
+    arguments: list[str], config: dict[str, Any], earlier: dict[str, list[dict[str, Any]]], several: bool
+) -> None:
     """Raise unless a run can begin: all of it is made, with a stand-in for what an earlier stage will have written.
+
+    Where something else than ``ckpt_path``, ``model.start`` and ``model.expert`` is of an earlier stage it cannot be made yet.
 
     Args:
         arguments: of ``lightning fit``.
         config: what they mean.
-        earlier: configs of earlier stages by the folders of their runs, to be.
+        earlier: configs of earlier stages' runs by the folder of the one that goes on, to be.
         several: whether it is one of several of its stage.
     """
     for name, value in (("data.env", config["data"]["env"]), ("model", config["model"])):
@@ -137,27 +146,45 @@ def _check(arguments: list[str], config: dict[str, Any], earlier: dict[str, dict
         raise ConfigError(
             "checkpoint.monitor, trainer.limit_val_batches: the best of several runs is told by val/return of validations"
         )
-    stand_ins = []
-    options = {f"model.{option}": value for option, value in config["model"]["init_args"].items()}
-    options["ckpt_path"] = config["ckpt_path"]
-    for option, stand_in in (("ckpt_path", "null"), ("model.start", "null"), ("model.expert", class_path(Unwritten))):
-        given = str(options.get(option))
-        place = next((place for place in earlier if given.startswith(f"{place}/")), None)
+    stand_ins, model = [], config["model"]["init_args"]
+    for option, section, stand_in in (
+        ("ckpt_path", config, "null"),
+        ("model.start", model, "null"),
+        ("model.expert", model, class_path(Unwritten)),
+    ):
+        key = option.removeprefix("model.")
+        given = section.get(key)
+        place = next((place for place in earlier if isinstance(given, str) and given.startswith(f"{place}/")), None)
         if place is not None:
-            _check_written(option, given.removeprefix(f"{place}/"), config, earlier[place])
+            for each in earlier[place]:
+                _check_written(option, given.removeprefix(f"{place}/"), config, each)
             stand_ins.append(f"--{option}={stand_in}")
+            section[key] = None
+    if any(f"{place}/" in yaml.safe_dump(config, width=math.inf) for place in earlier):
+        return
+    said = io.StringIO()
+    try:
+        with tempfile.TemporaryDirectory() as root, _as_it_was(), redirect_stdout(said), redirect_stderr(said):
+            run_lightning(["fit", *arguments, *stand_ins, f"--trainer.default_root_dir={root}"], CheckingCLI)
+    except SystemExit as ended:
+        reason = said.getvalue().strip().rpartition("error: ")[2] if ended.code else "allowed are options of a run"
+        raise ConfigError(reason) from None
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """What making a run changes for the whole process is put back: environment variables, random state, messages, determinism."""
+    environment, level = dict(os.environ), logging.root.manager.disable
+    deterministic = torch.are_deterministic_algorithms_enabled()
     logging.disable(logging.INFO)
     try:
-        with (
-            tempfile.TemporaryDirectory() as root,
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()) as said,
-        ):
-            run_lightning(["fit", *arguments, *stand_ins, f"--trainer.default_root_dir={root}"], CheckingCLI)
-    except SystemExit:
-        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2]) from None
+        with isolate_rng(), warnings.catch_warnings():
+            yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
+        torch.use_deterministic_algorithms(deterministic)
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _check_written(option: str, file: str, config: dict[str, Any], earlier: dict[str, Any]) -> None:
@@ -283,7 +310,7 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
         raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
     run = last_checkpoint.parents[1]
     write_atomically(record, json.dumps({"config": config, "folder": str(run)}).encode())
-    if told:  # when this run was at its end already
+    if told:  # but the run had finished: it is recorded, and no other begins
         sys.exit(128 + told[0])
     return run
 

@@ -100,8 +100,8 @@ class PPO(L.LightningModule):
         gae_lambda: λ of generalised advantage estimation.
         clip: ε of the clipped surrogate.
         value_coef: weight of the value loss; matters to an encoder alone, which policy and value loss share.
-        target_kl: when a minibatch's approximate KL divergence from the acting policy exceeds this, the actor is left
-            alone for the rest of the iteration; the critic goes on.
+        target_kl: when a minibatch's approximate KL divergence from the acting policy exceeds this, the actor and the
+            encoder are left alone for the rest of the iteration; the critic goes on.
         entropy_coef: weight of the entropy bonus.
         epochs: passes over a rollout.
         minibatches: parts of one pass.
@@ -320,9 +320,8 @@ class PPO(L.LightningModule):
 
     def _standardised(self, advantage: Tensor) -> Tensor:
         """Advantages with mean 0 and standard deviation 1 over the samples of all processes."""
-        exact = (
-            advantage.double()
-        )  # in single precision nothing is left of a variance that is small beside the mean's square
+        # In single precision a variance that is small beside the mean's square is lost.
+        exact = advantage.double()
         sums = torch.stack([torch.full_like(exact[0, 0], exact.numel()), exact.sum(), exact.square().sum()])
         count, total, squares = self._sum_over_processes(sums)
         mean = total / count
@@ -486,7 +485,6 @@ class PPO(L.LightningModule):
     # --- Lightning ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         try:
             self._iterations = max(1, int(min(self.trainer.estimated_stepping_batches, 2**31)))
         except ValueError as error:  # of Lightning: more iterations between validations than there are
@@ -495,29 +493,39 @@ class PPO(L.LightningModule):
             raise ConfigError(
                 f"model.critic_warmup={self.critic_warmup}: the run has {self._iterations} iterations, allowed are fewer"
             )
+        self.check_optimizers(self._iterations)
+        optimizers = [self._actor_optimizer(), self.critic_optimizer(self._critic_params())]
         return optimizers, [self.scheduler(optimizer, self._iterations) for optimizer in optimizers]
 
-    def _actor_optimizer(self) -> Optimizer:
-        """The actor's, with the noise as a second group."""
+    def _actor_groups(self) -> list[dict[str, list[nn.Parameter]]]:
+        """The actor's parameters, with the noise as a second group."""
         noise = list(self.actor.noise.parameters())
         groups = [{"params": [p for p in self.actor.parameters() if p not in set(noise)]}]
-        if noise:
-            groups.append({"params": noise})
-        optimizer = self.optimizer(groups)
+        return [*groups, {"params": noise}] if noise else groups
+
+    def _actor_optimizer(self) -> Optimizer:
+        optimizer = self.optimizer(self._actor_groups())
         for group in optimizer.param_groups[1:]:
             group["lr"] *= self.noise_rate
         return optimizer
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.check(self.trainer, self.trainer.datamodule)
+            self.check_trainer(self.trainer)
+            if not isinstance(self.trainer.datamodule, CollectorDataModule):
+                raise ConfigError("trainer.fit: rollouts come from a data module; allowed is a CollectorDataModule")
+            self.check_rollouts(self.trainer.datamodule)
 
     def check(self, trainer: L.Trainer, data: CollectorDataModule) -> None:
-        """Raise ``ConfigError`` for anything with which this module cannot be trained, before any long work."""
+        """Raise ``ConfigError`` for anything with which this module cannot be trained, before ``trainer.fit`` begins anything.
+
+        That looks itself, once the module is on its device; optimisers may be for that device alone.
+        """
         self.check_trainer(trainer)
         self.check_rollouts(data)
         self.check_family()
-        self.check_optimizers()
+        if trainer.strategy.root_device.type == "cpu":
+            self.check_optimizers(max(1, data.env_steps // (data.num_envs * data.rollout_length * trainer.world_size)))
 
     def check_trainer(self, trainer: L.Trainer) -> None:
         """Raise ``ConfigError`` for options of the Trainer that this module cannot be trained with."""
@@ -547,26 +555,31 @@ class PPO(L.LightningModule):
                 f"model.minibatches={self.minibatches}: a rollout has {samples} samples of each learner; allowed are at most as many"
             )
 
-    def check_optimizers(self) -> None:
-        """Raise ``ConfigError`` unless optimisers and schedulers can be made for parameters like this module's and take a step."""
-        for name, params in (("optimizer", self.actor.parameters()), ("critic_optimizer", self._critic_params())):
-            copies = [nn.Parameter(param.detach().clone(), param.requires_grad) for param in params]
-            for copy in copies:
-                copy.grad = torch.zeros_like(copy) if copy.requires_grad else None
+    def check_optimizers(self, iterations: int) -> None:
+        """Raise ``ConfigError`` unless optimisers can be made and take a step on copies of the parameters, where these are, with gradients
+        of zero, and schedulers can be made of them."""
+
+        def copied(param: nn.Parameter) -> nn.Parameter:
+            copy = nn.Parameter(param.detach().clone(), param.requires_grad)
+            copy.grad = torch.zeros_like(copy) if copy.requires_grad else None
+            return copy
+
+        groups = [{"params": list(map(copied, group["params"]))} for group in self._actor_groups()]
+        for name, params in (("optimizer", groups), ("critic_optimizer", list(map(copied, self._critic_params())))):
             try:
-                optimizer = getattr(self, name)(copies)
+                optimizer = getattr(self, name)(params)
                 optimizer.step()
             except Exception as error:  # somebody else's optimiser may raise anything
                 raise ConfigError(
-                    f"model.{name}: cannot be made for this module's parameters and take a step ({error}); allowed are optimisers of dense "
-                    "parameters of any shape whose step takes no closure, as Adam, AdamW, RMSprop and SGD"
+                    f"model.{name}: cannot be made for this module's parameters and take a step ({str(error) or type(error).__name__}); allowed "
+                    "are optimisers of dense parameters of any shape, in groups, whose step takes no closure, as Adam, AdamW, RMSprop and SGD"
                 ) from error
             try:
-                self.scheduler(optimizer, 100)
+                self.scheduler(optimizer, iterations)
             except Exception as error:
                 raise ConfigError(
-                    f"model.scheduler: cannot be made of an optimiser and a number of iterations ({error}); allowed are schedulers that can, as "
-                    "LinearAnneal and CosineAnnealingLR"
+                    f"model.scheduler: cannot be made of an optimiser and a number of iterations, {iterations} "
+                    f"({str(error) or type(error).__name__}); allowed are schedulers that can, as LinearAnneal and CosineAnnealingLR"
                 ) from error
 
     def on_fit_start(self) -> None:
@@ -577,6 +590,7 @@ class PPO(L.LightningModule):
             )
         if self.resumed == (0, 0):  # else the checkpoint's
             self.seed = torch.initial_seed() % 2**31
+        self.check_family()
         self.rank = self.global_rank
         # Lightning runs training alone in the Trainer's precision; policies act in the same.
         self._precision = self.trainer.precision_plugin.forward_context
@@ -607,11 +621,13 @@ class PPO(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"env": self.spec.as_dict(), "family": self.family.describe(), "seed": self.seed}
         checkpoint["validated"] = bool(self.evaluations)  # since it learned last
+        checkpoint["observation_clip"] = self.observation_clip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
         check_env(checkpoint, self.spec.id, self.spec.kwargs if goes_on else None)
         self.seed = checkpoint.get("seed", self.seed)
+        self.observation_clip = checkpoint.get("observation_clip", self.observation_clip)
         if goes_on:
             self.resumed = int(checkpoint["state_dict"]["iteration"]), int(checkpoint["state_dict"]["env_steps"])
             checkpoint["lr_schedulers"] = []  # see on_train_start
@@ -706,7 +722,7 @@ class PPO(L.LightningModule):
                     raise UnfitLearner("they have no trainable parameter")
         except Exception as error:  # somebody else's module may raise anything
             raise ConfigError(
-                f"model.family: its learners cannot be drawn, taught and run ({error or type(error).__name__})"
+                f"model.family: its learners cannot be drawn, taught and run ({str(error) or type(error).__name__})"
             ) from error
 
     def draw(self) -> None:

@@ -223,7 +223,7 @@ def _as_matrices(values: Tensor) -> Tensor:
 
 def _unit(matrices: Tensor) -> Tensor:
     norms = torch.linalg.matrix_norm(matrices, keepdim=True)
-    # Nothing is of no length; a bound near zero instead would have a derivative that is not finite.
+    # A zero matrix stays zero; over a norm clamped to a tiny number its derivative would not be finite.
     return matrices / torch.where(norms > 0, norms, 1.0)
 
 

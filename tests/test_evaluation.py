@@ -149,6 +149,7 @@ def test_controls_differ_from_taught_learners():
     table = evaluate_all(signs_dataset(), learners=40, episodes=5)
     assert list(table) == [IN_DISTRIBUTION, UNTAUGHT, SHUFFLED, RANDOM]
     assert list(table[RANDOM]) == ["sampled"]
+    assert list(evaluate_all(signs_dataset(), kinds=("greedy",), learners=2)[RANDOM]) == ["sampled"]
     assert all(list(row) == ["sampled", "greedy"] for name, row in table.items() if name != RANDOM)
     greedy = {name: row["greedy"] for name, row in table.items() if name != RANDOM}
     assert torch.equal(greedy[IN_DISTRIBUTION].returns, lengths(40, 5).float())

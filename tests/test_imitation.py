@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence as torchs
 
 from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
 from lightning_distill.envs import env_spec
-from lightning_distill.experts import TAUGHT, Expert
+from lightning_distill.experts import TAUGHT, Expert, expert_from
 from lightning_distill.imitation import Imitation, clip_means, kl_divergence
 
 
@@ -394,8 +394,27 @@ def test_a_run_clips_observations_as_the_dataset_that_it_starts_from_does(model,
     module = model(env_spec("InvertedPendulum-v5"), start=path)
     module._normaliser = module.running_normaliser()
     assert module.encode(torch.full((2, 4), -1e6)).eq(-1.5).all()
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    again = model(env_spec("InvertedPendulum-v5"))
+    again.on_load_checkpoint(checkpoint)
+    assert again.observation_clip == 1.5
     if model is MetaPPO:
         assert module.distilled().observation_clip == 1.5
+
+
+def test_a_trained_expert_clips_observations_as_it_did(tmp_path):
+    path = str(dataclasses.replace(load("inverted_pendulum"), observation_clip=1.5).save(tmp_path / "d.safetensors"))
+    module = PPO(env_spec("InvertedPendulum-v5").as_dict(), start=path)
+    checkpoint = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": {"family": "paper", "encoder_level": 0, "log_std_min": -3.0},
+    }
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "policy.ckpt")
+    far = torch.full((3, 4), 50.0)
+    expected = module.present_output(far)
+    torch.testing.assert_close(expert_from(str(tmp_path / "policy.ckpt"), module.spec).output(far), expected)
 
 
 def test_a_run_starts_from_a_dataset():

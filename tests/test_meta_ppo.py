@@ -292,6 +292,10 @@ def test_a_precision_in_which_gradients_or_samples_are_others_is_refused():
         trainer(precision="64-true").fit(MetaPPO(data.spec), data)
 
 
+def none(optimizer, iterations):
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("argument", "make", "reason"),
     [
@@ -299,7 +303,9 @@ def test_a_precision_in_which_gradients_or_samples_are_others_is_refused():
         ("optimizer", torch.optim.Muon, "2D"),
         ("critic_optimizer", torch.optim.SparseAdam, "dense"),
         ("critic_optimizer", lambda params: torch.optim.SGD(params, lr=-1), "-1"),
+        ("optimizer", lambda params: torch.optim.SGD([p for p in params if p.ndim > 1], lr=1.0), "ndim"),
         ("scheduler", torch.optim.lr_scheduler.OneCycleLR, "total_steps"),
+        ("scheduler", none, "iterations, 2 .AssertionError"),
     ],
 )
 def test_an_optimiser_or_scheduler_that_cannot_work_is_refused_at_once(argument, make, reason):

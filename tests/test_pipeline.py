@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from test_nothing_is_lost import logged_steps
 
@@ -158,6 +161,54 @@ def test_a_run_that_fails_is_named(pipeline, tmp_path, monkeypatch):
     path = pipeline(f"a: {SHORT} --data.env=CartPole-v1 --trainer.callbacks+=fails.Fails")
     with pytest.raises(ConfigError, match="stage 'a' ended with exit code 1"):
         run_pipeline(path, tmp_path / "out")
+
+
+OWN = """
+import lightning_distill.experts
+
+
+class Own(lightning_distill.experts.TrainedPolicy):
+    def __init__(self, spec, path):
+        super().__init__(path, spec)
+"""
+
+
+def test_looking_at_runs_leaves_the_process_as_it_was_and_waits_for_what_is_not_yet_there(
+    pipeline, tmp_path, monkeypatch
+):
+    """An expert with arguments is of an earlier stage, too; that is seen when it is made."""
+    (tmp_path / "own_of_pipeline.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expert = "own_of_pipeline.Own --model.expert.path=${expert}/checkpoints/last.ckpt"
+    path = pipeline(
+        STAGES.replace("${expert}/checkpoints/last.ckpt", expert).replace(
+            "512 --model=PPO", "512 --model=PPO --trainer.deterministic=true"
+        )
+    )
+    begun = []
+    monkeypatch.setattr(
+        "lightning_distill.pipeline.finished_run", lambda name, *_: begun.append(name) or tmp_path / name
+    )
+    before = (
+        dict(os.environ),
+        torch.get_rng_state(),
+        torch.are_deterministic_algorithms_enabled(),
+        list(warnings.filters),
+    )
+    logging.disable(logging.DEBUG)
+    run_pipeline(path, tmp_path / "out")
+    assert logging.root.manager.disable == logging.DEBUG
+    logging.disable(logging.NOTSET)
+    after = (
+        dict(os.environ),
+        torch.get_rng_state(),
+        torch.are_deterministic_algorithms_enabled(),
+        list(warnings.filters),
+    )
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+    assert before[2:] == after[2:]
+    assert begun == ["expert", "student"]
 
 
 def test_a_pipeline_that_is_told_to_end_begins_no_further_run(pipeline, tmp_path, monkeypatch):
