@@ -405,13 +405,8 @@ def test_a_run_clips_observations_as_the_dataset_that_it_starts_from_does(model,
 
 def test_a_trained_expert_clips_observations_as_it_did(tmp_path):
     path = str(dataclasses.replace(load("inverted_pendulum"), observation_clip=1.5).save(tmp_path / "d.safetensors"))
-    module = PPO(env_spec("InvertedPendulum-v5").as_dict(), start=path)
-    checkpoint = {
-        "state_dict": module.state_dict(),
-        "hyper_parameters": {"family": "paper", "encoder_level": 0, "log_std_min": -3.0},
-    }
-    module.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, tmp_path / "policy.ckpt")
+    module = small_run("InvertedPendulum-v5", PPO, iterations=1, start=path)
+    module.trainer.save_checkpoint(tmp_path / "policy.ckpt")
     far = torch.full((3, 4), 50.0)
     expected = module.present_output(far)
     torch.testing.assert_close(expert_from(str(tmp_path / "policy.ckpt"), module.spec).output(far), expected)
