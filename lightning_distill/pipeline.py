@@ -178,7 +178,8 @@ def _as_it_was() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     logging.disable(logging.INFO)
     try:
-        with isolate_rng(), warnings.catch_warnings():
+        # GPUs' random states are of no use here, and asking for them would keep memory on each for as long as the pipeline runs.
+        with isolate_rng(include_cuda=False), warnings.catch_warnings():
             yield
     finally:
         logging.disable(level)
