@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .dataset import DistilledDataset, as_dataset
-from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, simulator_threads, stream_seed
+from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, reason, simulator_threads, stream_seed
 from .envs.variations import Variation, make_varied_env
 from .families import as_family, family_from
 from .learners import LearnerFamily
@@ -283,7 +283,7 @@ class Evaluator:
 def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:
     """Raise ``ConfigError`` unless the dataset's shapes and kind of action are the environment's."""
     mine = (dataset.observation_shape, dataset.action_type, dataset.outputs)
-    its = (spec.observation_shape, spec.action_type, spec.actions)
+    its = spec.interface
     if mine != its:
         raise ConfigError(
             f"the dataset (for {dataset.env}) has observations {mine[0]}, {mine[1]} actions, {mine[2]} outputs; "
@@ -311,14 +311,12 @@ def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, ru
             try:
                 taught = teach_many(member, few, 2, rule, device=device)
             except Exception as error:  # somebody else's module may raise anything
-                reason = str(error) or type(error).__name__
-                raise ConfigError(f"{name} cannot be taught by {rule} ({reason})") from error
+                raise ConfigError(f"{name} cannot be taught by {rule} ({reason(error)})") from error
             try:
                 observation = torch.zeros(2, 1, *dataset.observation_mean.shape, device=device)
                 check_outputs(taught.output(observation), (2, 1, dataset.outputs))
             except Exception as error:
-                reason = str(error) or type(error).__name__
-                raise ConfigError(f"{name} cannot act on one observation ({reason})") from error
+                raise ConfigError(f"{name} cannot act on one observation ({reason(error)})") from error
 
 
 def played_in(dataset: DistilledDataset, env: str | None = None, env_kwargs: dict[str, Any] | None = None) -> EnvSpec:

@@ -94,7 +94,7 @@ class TrainedPolicy(Expert):
             module.observation_clip = checkpoint.get("observation_clip", OBSERVATION_CLIP)
         except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise ConfigError(f"model.expert={path!r}: its policy cannot be built ({error})") from None
-        mine, its = [(s.observation_shape, s.action_type, s.actions) for s in (module.spec, spec)]
+        mine, its = module.spec.interface, spec.interface
         if mine != its:
             raise ConfigError(
                 f"model.expert={path!r}: of {module.spec.id}, with observations, actions, outputs {mine}; "

@@ -160,7 +160,8 @@ def _check(
                 _check_written(option, given.removeprefix(f"{place}/"), config, each)
             stand_ins.append(f"--{option}={stand_in}")
             section[key] = None
-    if any(f"{place}/" in yaml.safe_dump(config, width=math.inf) for place in earlier):
+    rest = yaml.safe_dump(config, width=math.inf)
+    if any(f"{place}/" in rest for place in earlier):
         return
     said = io.StringIO()
     try:
@@ -198,11 +199,10 @@ def _check_written(option: str, file: str, config: dict[str, Any], earlier: dict
             f"{option}={file!r} of an earlier stage, by {earlier['model']['class_path']}: allowed of it are {', '.join(written) or 'none'}"
         )
     mine, its = (env_spec(each["data"]["env"], each["data"]["env_kwargs"]) for each in (config, earlier))
-    shapes = [(spec.observation_shape, spec.action_type, spec.actions) for spec in (mine, its)]
-    if shapes[0] != shapes[1]:
+    if mine.interface != its.interface:
         raise ConfigError(
-            f"{option}={file!r} of an earlier stage in {its.id}, with observations, actions, outputs {shapes[1]}; "
-            f"data.env={mine.id!r} has {shapes[0]}"
+            f"{option}={file!r} of an earlier stage in {its.id}, with observations, actions, outputs {its.interface}; "
+            f"data.env={mine.id!r} has {mine.interface}"
         )
 
 

@@ -28,7 +28,7 @@ from .configs import check_numbers
 from .critics import make_critic
 from .data import CollectorDataModule, Stage
 from .dataset import DistilledDataset, load, normalise
-from .envs import ConfigError, EnvSpec, stream_seed
+from .envs import ConfigError, EnvSpec, reason, stream_seed
 from .evaluation import TRAINED_POLICY, Evaluation, StackedActor, check_begins
 from .families import as_family
 from .learners import FIXED, Factory, LearnerFamily, Params, UnfitLearner
@@ -571,7 +571,7 @@ class PPO(L.LightningModule):
                 optimizer.step()
             except Exception as error:  # somebody else's optimiser may raise anything
                 raise ConfigError(
-                    f"model.{name}: cannot be made for this module's parameters and take a step ({str(error) or type(error).__name__}); allowed "
+                    f"model.{name}: cannot be made for this module's parameters and take a step ({reason(error)}); allowed "
                     "are optimisers of dense parameters of any shape, in groups, whose step takes no closure, as Adam, AdamW, RMSprop and SGD"
                 ) from error
             try:
@@ -579,7 +579,7 @@ class PPO(L.LightningModule):
             except Exception as error:
                 raise ConfigError(
                     f"model.scheduler: cannot be made of an optimiser and a number of iterations, {iterations} "
-                    f"({str(error) or type(error).__name__}); allowed are schedulers that can, as LinearAnneal and CosineAnnealingLR"
+                    f"({reason(error)}); allowed are schedulers that can, as LinearAnneal and CosineAnnealingLR"
                 ) from error
 
     def on_fit_start(self) -> None:
@@ -722,7 +722,7 @@ class PPO(L.LightningModule):
                     raise UnfitLearner("they have no trainable parameter")
         except Exception as error:  # somebody else's module may raise anything
             raise ConfigError(
-                f"model.family: its learners cannot be drawn, taught and run ({str(error) or type(error).__name__})"
+                f"model.family: its learners cannot be drawn, taught and run ({reason(error)})"
             ) from error
 
     def draw(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .spec import ConfigError, EnvSpec
+from .spec import ConfigError, EnvSpec, reason
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ __all__ = [
     "EnvSpec",
     "env_spec",
     "make_env",
+    "reason",
     "simulator_threads",
     "stream_seed",
     "usable_cores",
@@ -107,7 +108,8 @@ def _known_warnings_filtered() -> Iterator[None]:
 def _gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     import gymnasium
 
-    from .vector import gymnasium_env, register_games
+    from .atari import register_games
+    from .vector import gymnasium_env
 
     try:
         with _known_warnings_filtered():

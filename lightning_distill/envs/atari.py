@@ -26,13 +26,19 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def register_games() -> None:
+    """Atari's environments, which Gymnasium knows once ale-py has been imported."""
+    import ale_py
+
+    gymnasium.register_envs(ale_py)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each game made
+
+
 def rom_of(env: str) -> str | None:
     """The game's name in the emulator (``ms_pacman``) if ``env`` is an Atari id that shows frames, else None."""
     if not env.startswith("ALE/"):
         return None
-    import ale_py
-
-    gymnasium.register_envs(ale_py)
+    register_games()
     found = gymnasium.registry.get(env)
     return found.kwargs["game"] if found is not None and found.kwargs.get("obs_type", "rgb") == "rgb" else None
 
@@ -85,10 +91,8 @@ class AtariSimulator:
     def __init__(
         self, spec: EnvSpec, num_envs: int, seed: int, threads: int, training: bool = False, **layout: Any
     ) -> None:
-        from ale_py import ALEInterface, LoggerMode
         from ale_py.vector_env import AtariVectorEnv
 
-        ALEInterface.setLoggerMode(LoggerMode.Error)
         options = OPTIONS | spec.kwargs
         options["reward_clipping"] = training and options["reward_clipping"]
         self.envs = AtariVectorEnv(rom_of(spec.id), num_envs, num_threads=min(threads, num_envs), **options, **layout)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .spec import ConfigError
+from .spec import ConfigError, reason
 
 if TYPE_CHECKING:
     import gymnasium
@@ -93,7 +93,7 @@ def _why_not_drawn(made: gymnasium.Env) -> str | None:
         _follow(made.unwrapped)
         frame = made.render()
     except Exception as error:  # every backend fails in its own way
-        return str(error).rstrip(".") or type(error).__name__
+        return reason(error).rstrip(".")
     drawn = isinstance(frame, np.ndarray) and frame.ndim == 3
     return None if drawn else f"it renders a {type(frame).__name__}, not a frame"
 

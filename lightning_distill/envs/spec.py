@@ -10,6 +10,11 @@ class ConfigError(ValueError):
     """Input that cannot work: the message names the field, the value and what is allowed."""
 
 
+def reason(error: Exception) -> str:
+    """What an error says; its class, where it says nothing."""
+    return str(error) or type(error).__name__
+
+
 @dataclass(frozen=True)
 class EnvSpec:
     """Shapes and kinds of one environment, in plain types so that a checkpoint can hold it.
@@ -43,6 +48,11 @@ class EnvSpec:
     def frames(self) -> bool:
         """Whether observations are stacked frames of bytes."""
         return self.observation_dtype == "uint8"
+
+    @property
+    def interface(self) -> tuple[tuple[int, ...], str, int]:
+        """Shape of observations, kind of action, outputs: what a policy or a dataset has to have to play here."""
+        return self.observation_shape, self.action_type, self.actions
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

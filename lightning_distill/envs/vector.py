@@ -41,15 +41,6 @@ class Simulator(Protocol):
     def close(self) -> None: ...
 
 
-def register_games() -> None:
-    """Atari's environments, which Gymnasium knows once ale-py has been imported."""
-    import ale_py
-    import gymnasium
-
-    gymnasium.register_envs(ale_py)
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each game made
-
-
 def gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     """A Gymnasium environment whose observations are arrays: those of another space, such as ``Dict`` or ``Discrete``, as Gymnasium
     flattens them, where it can."""
@@ -58,6 +49,8 @@ def gymnasium_env(env: str, kwargs: dict[str, Any]) -> Any:
     from . import registration  # noqa: F401  here, as simulators' processes know of no other import
 
     if env.startswith("ALE/") or (env.split("-")[0].endswith("NoFrameskip") and importlib.util.find_spec("ale_py")):
+        from .atari import register_games
+
         register_games()
     made = gymnasium.make(env, disable_env_checker=True, **kwargs)
     space = made.observation_space
