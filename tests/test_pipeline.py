@@ -142,6 +142,10 @@ def test_a_stage_with_other_options_is_a_run_of_its_own(pipeline, monkeypatch):
             r"stage 'student': data\.num_envs=8: allowed are multiples of model\.learners=16",
         ),
         (
+            f"a: {SHORT} --data.env=CartPole-v1 --model.minibatches=1000",
+            r"stage 'a': model\.minibatches=1000: a rollout has 32 samples",
+        ),
+        (
             "a: --data.env=CartPole-v1 --model.optimizer.lr=-1",
             r"stage 'a': model\.optimizer: .*-1",
         ),
