@@ -166,6 +166,20 @@ class RunCheckpoint(ModelCheckpoint):
         }
 
 
+def check_env(checkpoint: dict[str, Any], env: str, kwargs: dict[str, Any] | None = None) -> None:
+    """Raise ``ConfigError`` unless a checkpoint is of this environment and, where they are given, of these arguments of it."""
+    saved = checkpoint.get("env")
+    if saved is None:
+        return
+    if saved["id"] != env:
+        raise ConfigError(f"ckpt_path: a checkpoint of env={saved['id']!r}, but data.env={env!r}")
+    if kwargs is not None and saved["kwargs"] != kwargs:
+        raise ConfigError(
+            f"ckpt_path: a checkpoint of data.env_kwargs={saved['kwargs']}, but here they are {kwargs}; what it has learned is trained "
+            "elsewhere from its dataset (--model.start=FILE)"
+        )
+
+
 def make_resumable(checkpoint: dict[str, Any]) -> None:
     """Change Lightning's counters in a checkpoint of one epoch, the whole run, so that it goes on where it stopped.
 

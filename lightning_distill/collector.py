@@ -20,7 +20,7 @@ from .envs import stream_seed
 from .envs.vector import Results, VectorEnv, flags, following
 
 if TYPE_CHECKING:
-    from .ppo import PPO
+    from .rollout_module import RolloutModule
 
 State = MutableMapping[str, Tensor]
 Acting = Callable[[State], State]
@@ -94,7 +94,7 @@ class WorkersCollector:
     """
 
     def __init__(
-        self, make_envs: Sequence[Callable[[], EnvBase]], num_envs: int, module: PPO, rollout_length: int
+        self, make_envs: Sequence[Callable[[], EnvBase]], num_envs: int, module: RolloutModule, rollout_length: int
     ) -> None:
         self.module, self.folder, self.threads = module, TemporaryDirectory(), torch.get_num_threads()
         self.weights = TensorDict(module.state_dict()).cpu().memmap_(self.folder.name)
@@ -143,7 +143,7 @@ class WorkerPolicy(nn.Module):
         worker: which one; the learners of all are the same, the noise of their actions is not.
     """
 
-    def __init__(self, module: PPO, folder: str, worker: int) -> None:
+    def __init__(self, module: RolloutModule, folder: str, worker: int) -> None:
         super().__init__()
         self.module, self.worker, self.began = module, worker, -1
         self.weights = TensorDict.load_memmap(folder)
@@ -158,7 +158,7 @@ class WorkerPolicy(nn.Module):
         return module.act(state)
 
 
-def _on_its_own(module: PPO) -> PPO:
+def _on_its_own(module: RolloutModule) -> RolloutModule:
     """A copy on the CPU that can go to another process."""
     bare = copy.copy(module)  # Lightning leaves the trainer out
     bare.prepare_for_worker()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .envs import ConfigError
 
 Batch = dict[str, Tensor]
-#: The critic's loss, the actor's (None unless it learns), and what is logged of that.
-Losses = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+#: The critic's loss (None without a critic), the actor's (None unless it learns), and what is logged.
+Losses = tuple[Tensor | None, Tensor | None, dict[str, Tensor]]
 
 
 class CompiledLosses:
@@ -37,21 +37,24 @@ class CompiledLosses:
         self.compiled = torch.compile(self._differentiated, fullgraph=True, dynamic=False, isolate_recompiles=True)
 
     def _differentiated(self, batch: Batch, learns: bool) -> tuple[Losses, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        value_loss, policy_loss, policy_metrics = self.losses(batch, learns)
-        of_critic = torch.autograd.grad(value_loss, self.critic)
-        of_actor = torch.autograd.grad(policy_loss, self.actor, allow_unused=True) if learns else ()
-        policy_metrics = {name: tensor.detach() for name, tensor in policy_metrics.items()}
-        return (value_loss.detach(), policy_loss.detach() if learns else None, policy_metrics), of_critic, of_actor
+        critic_loss, actor_loss, found = self.losses(batch, learns)
+        of_critic = () if critic_loss is None else torch.autograd.grad(critic_loss, self.critic)
+        of_actor = () if actor_loss is None else torch.autograd.grad(actor_loss, self.actor, allow_unused=True)
+        losses = (None if loss is None else loss.detach() for loss in (critic_loss, actor_loss))
+        return (*losses, {name: tensor.detach() for name, tensor in found.items()}), of_critic, of_actor
 
     def __call__(self, batch: Batch, learns: bool) -> Losses:
         try:
-            (value_loss, policy_loss, policy_metrics), of_critic, of_actor = self.compiled(batch, learns)
+            (critic_loss, actor_loss, found), of_critic, of_actor = self.compiled(batch, learns)
         except torch._dynamo.exc.TorchDynamoException as error:
             first, *others = str(error).strip().splitlines()
             reason = f"{first} {others[0]}" if first.endswith("raised:") and others else first
             raise ConfigError(f"model.compile=true: {reason}; allowed here is false") from error
-        value_loss = _Differentiated.apply(value_loss, of_critic, *self.critic)
-        return value_loss, _Differentiated.apply(policy_loss, of_actor, *self.actor) if learns else None, policy_metrics
+        if critic_loss is not None:
+            critic_loss = _Differentiated.apply(critic_loss, of_critic, *self.critic)
+        if actor_loss is not None:
+            actor_loss = _Differentiated.apply(actor_loss, of_actor, *self.actor)
+        return critic_loss, actor_loss, found
 
 
 class _Differentiated(torch.autograd.Function):

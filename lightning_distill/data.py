@@ -112,12 +112,15 @@ class CollectorDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Rollouts:
         # A run may go on with other processes or environments: what is left counts in environment steps.
         module, processes = self.trainer.lightning_module, self.trainer.world_size
-        iterations, env_steps = module.resumed
-        steps_left = self.env_steps - (env_steps or module.first_steps * processes)
-        # Not round(), by which 1.5 and 2.5 are both 2: a run would be longer for having been resumed.
-        left = max(0, math.floor(steps_left / (self.num_envs * self.rollout_length * processes) + 0.5))
-        self._rollouts = Rollouts(self, max(1, iterations + left))
+        made, taken = module.resumed
+        self._rollouts = Rollouts(self, self.iterations(processes, made, taken or module.first_steps * processes))
         return self._rollouts
+
+    def iterations(self, processes: int, made: int = 0, taken: int = 0) -> int:
+        """Rollouts of a whole run, which has made so many and taken so many environment steps before."""
+        # Not round(), by which 1.5 and 2.5 are both 2: a run would be longer for having been resumed.
+        left = math.floor((self.env_steps - taken) / (self.num_envs * self.rollout_length * processes) + 0.5)
+        return max(1, made + max(0, left))
 
     def val_dataloader(self) -> range:
         return range(1)

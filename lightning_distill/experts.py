@@ -20,7 +20,8 @@ from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
 from .learners import LearnerFamily
 from .modules import ModuleFamily
-from .ppo import OBSERVATION_CLIP, PPO
+from .ppo import PPO
+from .rollout_module import OBSERVATION_CLIP
 from .teaching import seeded, teach_many
 
 #: Taught learners whose mean output is a dataset's: what any of them does by chance is averaged out.
@@ -89,7 +90,7 @@ class TrainedPolicy(Expert):
             else:
                 family = family_from(checkpoint["family"])
             names = ("encoder_level", "log_std_min")
-            module = PPO(checkpoint["env"], family, **{name: settings[name] for name in names})
+            module = PPO(checkpoint["env"], family=family, **{name: settings[name] for name in names})
             module.load_state_dict(state)
             module.observation_clip = checkpoint.get("observation_clip", OBSERVATION_CLIP)
         except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:

@@ -5,32 +5,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+from .compiling import Losses
 from .configs import check_numbers
 from .data import CollectorDataModule
 from .dataset import normalise
+from .distillation import Distillation
 from .envs import ConfigError, EnvSpec, make_env, stream_seed
 from .experts import Expert, expert_from
-from .meta_ppo import MetaPPO
 from .policies import action_distribution
-from .ppo import no_loss
+from .teaching import seeded
+
+if TYPE_CHECKING:
+    from torchrl.data import TensorDictReplayBuffer
 
 #: Environments in which the expert's first states are seen, and steps in each of them.
 EPISODES, STEPS = 16, 1000
 #: What is imitated of a state, by its name in a rollout.
 SEEN = ("observation", "output")
-#: Figures of :class:`PPO`'s value loss and of its clipped surrogate.
-NOT_HERE = ("loss/value", "loss/explained_variance", "policy/kl", "policy/clip_fraction")
 
 
-class Imitation(MetaPPO):
+class Imitation(Distillation):
     """Distils an expert into a synthetic batch: what fresh learners would do after the step is compared with what it does.
 
     The expert acts; the loss is KL(expert ‖ learner) in the states that it visits, back-propagated through the step. Pairs
@@ -42,7 +43,7 @@ class Imitation(MetaPPO):
     Learners' own states (DAgger, Ross et al. 2011) make a worse batch: those of learners that fall over outweigh all others.
 
     Args:
-        spec: as in :class:`MetaPPO`.
+        spec: as in :class:`lightning_distill.rollout_module.RolloutModule`.
         expert: a checkpoint of :class:`PPO` (``*.ckpt``); a dataset, by name in the zoo or by path, whose expert is the
             mean output of 16 learners taught on it; or any policy, as an :class:`Expert` or what makes one of the spec, by class path.
         expert_noise: times the expert's standard deviation, with which it acts at most: in each environment and rollout it is drawn
@@ -51,11 +52,11 @@ class Imitation(MetaPPO):
         replay: states that each process keeps, the last so many; an iteration imitates as many of them, drawn at random, as a rollout has.
             Default: those of its own rollout. A game looks alike for hundreds of steps, as the score stands in the frame: learners that are taught
             to act at one score forget another. 28 kB each; a checkpoint does not hold them.
-        lifetime, epochs, final_noise: as in :class:`MetaPPO`, with other defaults: it is the expert that acts.
-        kwargs: of :class:`MetaPPO`; with ``start``, pairs begin as that dataset's.
+        lifetime, epochs, final_noise: as in :class:`Distillation`, with other defaults: it is the expert that acts.
+        kwargs: of :class:`Distillation`; with ``start``, pairs begin as that dataset's. There is no critic: ``critic_optimizer`` is the encoder's.
     """
 
-    OBJECTS = (*MetaPPO.OBJECTS, "expert")
+    OBJECTS = (*Distillation.OBJECTS, "expert")
 
     def __init__(
         self,
@@ -69,8 +70,6 @@ class Imitation(MetaPPO):
         **kwargs: Any,
     ) -> None:
         check_numbers("model", Imitation.__init__, locals())
-        if kwargs.get("critic_warmup"):
-            raise ConfigError(f"model.critic_warmup={kwargs['critic_warmup']}: Imitation has no critic; allowed is 0")
         super().__init__(spec, lifetime=lifetime, epochs=epochs, final_noise=final_noise, **kwargs)
         self._expert = expert_from(expert, self.spec)  # no module, so no part of this one's state
         log_std = self._expert.log_std
@@ -92,8 +91,8 @@ class Imitation(MetaPPO):
         super().prepare_for_worker()
         self._seen = None
 
-    def check_rollouts(self, data: CollectorDataModule) -> None:
-        super().check_rollouts(data)
+    def check_rollouts(self, data: CollectorDataModule, processes: int) -> None:
+        super().check_rollouts(data, processes)
         states = data.num_envs * data.rollout_length
         if self.replay is not None and self.replay < states:
             raise ConfigError(
@@ -103,6 +102,8 @@ class Imitation(MetaPPO):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.replay is not None:
+            from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
             data = self.trainer.datamodule
             rollout = data.num_envs * data.rollout_length
             self._seen = TensorDictReplayBuffer(storage=LazyTensorStorage(self.replay), batch_size=rollout)
@@ -142,10 +143,11 @@ class Imitation(MetaPPO):
         env = make_env(self.spec, EPISODES, stream_seed(self.seed, self.rank, 5), data.backend, data.threads, "cpu")
         try:
             state, states = env.reset(), []
-            for _ in range(10 if self.trainer.fast_dev_run else STEPS):
-                acted = self.act(state)
-                states.append(acted.select(*SEEN))
-                _, state = env.step_and_maybe_reset(acted)
+            with seeded(stream_seed(self.seed, self.rank, 7), self.device):
+                for _ in range(10 if self.trainer.fast_dev_run else STEPS):
+                    acted = self.act(state)
+                    states.append(acted.select(*SEEN))
+                    _, state = env.step_and_maybe_reset(acted)
         finally:
             env.close()
         return torch.cat(states)
@@ -168,34 +170,24 @@ class Imitation(MetaPPO):
         self._inference_seconds += time.perf_counter() - began
         return state
 
-    def _samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
-        samples, states = super()._samples(rollout), rollout.select(*SEEN).flatten()
+    def samples(self, rollout: TensorDictBase) -> dict[str, Tensor]:
+        states = rollout.select(*SEEN).flatten()
         if self._seen is not None:
             self._seen.extend(states.cpu())
             states = self._seen.sample().to(self.device)
         observation, expert = (states[name].unflatten(0, (self.learners, -1)) for name in SEEN)
-        return samples | {"observation": observation, "expert": expert}
+        return {"observation": observation, "expert": expert}
 
-    def _values(self, observations: Tensor) -> Tensor:
-        """Zeros: nothing here asks what a state is worth, and of frames a critic is half of what an update costs."""
-        return observations.new_zeros(observations.shape[: -len(self.spec.observation_shape)], dtype=torch.float32)
-
-    def _value_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        return no_loss(self.critic.parameters())
-
-    def _policy_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """KL(expert ‖ learner), entropy, and zeros: there is no bound on how far learners may move in an iteration."""
-        output = self.family.forward(self.policy_params(), batch["input"])
-        policy = action_distribution(output, self.log_std)
+    def losses(self, batch: dict[str, Tensor], learns: bool) -> Losses:
+        """KL(expert ‖ learner); there is no critic, and no bound on how far learners may move in an iteration."""
+        output = self.family.forward(self.policy_params(), self.encode(batch["observation"], self.policy_normaliser()))
+        entropy = action_distribution(output, self.log_std).entropy().mean()
         # The expert's noise is kept: learned, it would grow to cover what the worst learners miss, at the cost of all.
         wanted = batch["expert"]
         if self.log_std is not None:
             wanted, output = clip_means(wanted, output, self.log_std.detach().exp(), self._bounds)
         loss = kl_divergence(wanted, output, self._expert.log_std).mean()
-        return loss, policy.entropy().mean(), torch.zeros_like(batch["log_prob"])
-
-    def _log(self, metrics: dict[str, Tensor], frames: int) -> None:
-        super()._log({name: value for name, value in metrics.items() if name not in NOT_HERE}, frames)
+        return None, loss - self.entropy_coef * entropy, {"loss/policy": loss, "policy/entropy": entropy}
 
 
 def clip_means(expert: Tensor, output: Tensor, std: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:

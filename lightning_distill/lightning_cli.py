@@ -23,14 +23,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
-from .checkpoints import OF_SPEED, AtomicCheckpointIO, RunCheckpoint, StopTogether, last_checkpoint
+from .checkpoints import OF_SPEED, AtomicCheckpointIO, RunCheckpoint, StopTogether, check_env, last_checkpoint
 from .class_paths import imported
 from .configs import check_seed, with_shipped_config
 from .data import CollectorDataModule
+from .distillation import Distillation
 from .envs import ConfigError, EnvSpec
+from .imitation import Imitation
 from .loggers import MAKE_FOLDERS, gives_folders
 from .meta_ppo import MetaPPO
-from .ppo import PPO, check_env
+from .ppo import PPO
+from .rollout_module import RolloutModule
 
 #: Options of Lightning's Trainer that act in automatic optimisation only, and what acts here.
 NOT_OF_THE_TRAINER = {
@@ -38,6 +41,8 @@ NOT_OF_THE_TRAINER = {
     "gradient_clip_algorithm": "model.max_grad_norm clips gradients, by their norm",
     "accumulate_grad_batches": "model.minibatches says how many samples a gradient is of",
 }
+#: What can be trained, by these names.
+MODELS = (MetaPPO, PPO, Imitation)
 #: Names under which schedulers take the number of iterations.
 ITERATIONS = ("iterations", "T_max", "total_iters", "total_steps")
 
@@ -59,7 +64,7 @@ class DistillParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the parser's own, but without the types it tried in vain: what the chosen model class says comes first."""
-        message = _about_the_model(message)
+        message = _about_what_is_missing(_about_the_model(message))
         # What a parser within says comes wrapped in what the outermost one does.
         super().error(_in_one_line(message) if self.exit_on_error else message, ex)
 
@@ -70,12 +75,18 @@ def _about_the_model(message: str) -> str:
         return message
     name, found, problem = message.partition("Problem with given class_path ")[2].partition(":\n")
     if not found:
-        allowed = "MetaPPO, PPO, or the class path of a subclass of PPO"
+        allowed = f"{', '.join(model.__name__ for model in MODELS)}, or the class path of a subclass of one"
         path = re.search(r"Expected a dot import path string: (\S+)", message)
         return f"model={path[1]}: allowed are {allowed}" if path else f"{message}\n  Allowed: {allowed}"
     problem = textwrap.dedent(problem.split("\n    - Expected a <class 'NoneType'>")[0])
     problem = re.sub(r"^Option '(\w+)' is not accepted", rf"Option 'model.\1' is not accepted by {name}", problem)
     return re.sub(r'^Parser key "', 'Parser key "model.', problem)
+
+
+def _about_what_is_missing(message: str) -> str:
+    """The option's name as it is typed; parsers within know nothing of the section that they are for, which is the model."""
+    found = re.fullmatch(r"the following arguments are required: (?:\w+\.)?(?:(\w+)\.)?(\w+)", message)
+    return f"{found[1] or 'model'}.{found[2]}: not given, and needed" if found else message
 
 
 def _in_one_line(message: str) -> str:
@@ -241,7 +252,7 @@ class DistillCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         if self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
             parser.callback_keys = [key for key in parser.callback_keys if not key.endswith("checkpoint")]
-        if not isinstance(self.model, MetaPPO):
+        if not isinstance(self.model, Distillation):
             # Direct RL has no dataset to write down or to teach others with: its policy is in the checkpoints.
             parser.callback_keys = [key for key in parser.callback_keys if key not in ("held_out", "export")]
         try:
@@ -290,7 +301,7 @@ def run(args: list[str] | None = None, cli: type[DistillCLI] = DistillCLI) -> No
     options = {"parser_mode": "omegaconf+", "allow_abbrev": False}
     try:
         cli(
-            PPO,
+            RolloutModule,
             CollectorDataModule,
             subclass_mode_model=True,
             parser_class=DistillParser,

@@ -47,18 +47,18 @@ def generalized_advantages(
     return advantage.squeeze(-1)
 
 
-def discounted_sums(reward: Tensor, done: Tensor, start: Tensor, gamma: Tensor) -> Tensor:
+def discounted_sums(reward: Tensor, done: Tensor, start: Tensor, gamma: float) -> Tensor:
     """Running discounted sums s_t = γ s_{t−1} + r_t, restarted after each ``done``.
 
     Args:
-        reward, done: [N, T]. start: [G, N], sums before the first step, already restarted. gamma: [G] discounts.
+        reward, done: [N, T]. start: [N], sums before the first step, already restarted. gamma: the discount.
 
     Returns:
-        [G, N, T], values at each step before a restart.
+        [N, T], values at each step before a restart.
     """
     running, sums = start, []
     for step_reward, step_done in zip(reward.unbind(1), done.unbind(1), strict=True):
-        running = gamma.unsqueeze(1) * running + step_reward
+        running = gamma * running + step_reward
         sums.append(running)
         running = running.masked_fill(step_done, 0.0)
     return torch.stack(sums, dim=-1)

@@ -28,12 +28,12 @@ from torch import Tensor
 from .checkpoints import AtomicCheckpointIO
 from .class_paths import class_path, imported
 from .dataset import write_atomically
+from .distillation import Distillation
 from .envs import ConfigError, EnvSpec, env_spec
 from .experts import Expert
 from .lightning_cli import CheckingCLI
 from .lightning_cli import run as run_lightning
 from .loggers import gives_folders
-from .meta_ppo import MetaPPO
 
 #: What a run that distils writes for others to begin with or to imitate, and what one of direct RL does.
 DATASETS = ("distilled.safetensors", "last.safetensors")
@@ -191,7 +191,7 @@ def _as_it_was() -> Iterator[None]:
 
 def _check_written(option: str, file: str, config: dict[str, Any], earlier: dict[str, Any]) -> None:
     """Raise unless an earlier stage writes this file, and it is what an option takes, of the same shapes."""
-    distils = issubclass(imported(earlier["model"]["class_path"]), MetaPPO)
+    distils = issubclass(imported(earlier["model"]["class_path"]), Distillation)
     policies = DATASETS if distils else CHECKPOINTS
     written = {"ckpt_path": CHECKPOINTS, "model.start": DATASETS if distils else (), "model.expert": policies}[option]
     if file not in written:

@@ -40,7 +40,7 @@ class Record(L.Callback):
                 "rollout": batch.clone().to_dict(),
                 "fresh": {name: value.clone() for name, value in pl_module._fresh.items()},
                 "normaliser": pl_module._normaliser,
-                "running": pl_module._running.clone(),
+                "running": pl_module._running.clone() if isinstance(pl_module, MetaPPO) else None,
             }
 
 

@@ -20,8 +20,8 @@ from lightning_distill.families import family_named
 from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
 from lightning_distill.nature import encoder_from, make_encoder, make_nature_critic, scaled
+from lightning_distill.optimizing import clipped_step
 from lightning_distill.pictures import _action_names, draw_pairs
-from lightning_distill.ppo import clipped_step
 from lightning_distill.step_rules import STEP_RULES
 from lightning_distill.teaching import with_line_search
 
@@ -267,7 +267,7 @@ def test_the_encoder_stops_at_the_target_kl_as_the_actor_does(monkeypatch):
         seen.append([param.detach().clone() for param in params])
         return norm
 
-    monkeypatch.setattr("lightning_distill.ppo.clipped_step", watch)
+    monkeypatch.setattr("lightning_distill.rollout_module.clipped_step", watch)
     data = {"env_steps": 8, "num_envs": 2, "rollout_length": 4}
     options = {"pairs": 2, "learners": 2, "family": "nature", "encoder_level": 4, "target_kl": 1e-12}
     small_run("ALE/Pong-v5", data=data, epochs=2, minibatches=2, **options)
@@ -301,9 +301,8 @@ def test_imitation_begins_with_frames_and_trains_no_critic(tmp_path):
     learning._begin_with(frames[:2])
     for pair in learning.synthetic_batch.observations:
         assert any(torch.allclose(pair, frame / 255) for frame in frames)
-    assert not learning._values(frames).any()
-    learning._value_loss({}).backward()
-    assert not any(parameter.grad.any() for parameter in learning.critic.parameters())
+    assert not hasattr(learning, "critic")
+    assert {id(p) for p in learning.critic_params()} == {id(p) for p in learning.encoder.parameters()}
 
 
 def test_learners_without_an_encoder_imitate_from_frames_less_their_mean(tmp_path, monkeypatch):

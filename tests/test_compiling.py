@@ -29,9 +29,9 @@ class Counted(MetaPPO):
 
     calls = 0
 
-    def _losses(self, batch, learns):
+    def losses(self, batch, learns):
         Counted.calls += not torch.compiler.is_compiling()
-        return super()._losses(batch, learns)
+        return super().losses(batch, learns)
 
 
 @pytest.mark.usefixtures("traced")

@@ -78,15 +78,15 @@ def expected_gradients(module, ranks):
     module._sum_over_processes = lambda tensor: tensor
     module._fresh = {name: torch.cat([part["fresh"][name] for part in before]) for name in before[0]["fresh"]}
     module._normaliser, module._acting_log_std = before[0]["normaliser"], None
-    module._running = torch.cat([part["running"] for part in before], dim=1)
+    module._running = torch.cat([part["running"] for part in before])
     count, steps = before[0]["rollout"]["action"].shape
     rollout = torch.cat([TensorDict.from_dict(part["rollout"], batch_size=[count, steps]) for part in before])
-    samples = module._samples(rollout)
+    samples = module.samples(rollout)
     samples |= module._inputs(samples["observation"])
     policy_loss, *_ = module._policy_loss(samples)
     value_loss = (module.critic(samples["critic_input"]).squeeze(-1) - samples["value_target"]).square().mean()
     (policy_loss + value_loss).backward()
-    return [[parameter.grad for parameter in part] for part in (module._critic_params(), module.actor.parameters())]
+    return [[parameter.grad for parameter in part] for part in (module.critic_params(), module.actor.parameters())]
 
 
 def check_gradients(module, ranks):

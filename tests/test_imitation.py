@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from test_meta_ppo import small_run
 from test_teaching import RandomFeatures
 from torch import nn
@@ -14,6 +15,7 @@ from torch.distributions import Categorical, Normal
 from torch.distributions import kl_divergence as torchs
 
 from lightning_distill import MLP, PPO, ConfigError, MetaPPO, evaluate, load, teach_many
+from lightning_distill.cli import main
 from lightning_distill.envs import env_spec
 from lightning_distill.experts import TAUGHT, Expert, expert_from
 from lightning_distill.imitation import Imitation, clip_means, kl_divergence
@@ -70,7 +72,6 @@ def test_each_process_sees_the_expert_in_episodes_of_its_own():
         def on_train_start(self):
             self.seen = []
             for self.rank in (0, 1, 0):
-                torch.manual_seed(1)
                 self.seen.append(self._episodes()["observation"])
 
     zero, one, again = other_learners(1, Seen).seen
@@ -108,18 +109,16 @@ def test_gradient_of_the_divergence_reaches_the_batch_alone():
         module = Imitation(spec_of(name), expert=expert, pairs=3, learners=2, step_rule="projection")
         module.draw()
         module._normaliser = module.observation_moments.mean.float(), module.observation_moments.std.float()
-        inputs = module._inputs(torch.randn(2, 6, 4))["input"]
         output = torch.randn(2, 6, module.spec.actions)
-        loss, entropy, log_ratio = module._policy_loss(
-            {"input": inputs, "expert": output, "log_prob": torch.zeros(2, 6)}
-        )
-        (loss - 0.0 * entropy).backward()
+        critic_loss, loss, found = module.losses({"observation": torch.randn(2, 6, 4), "expert": output}, True)
+        assert critic_loss is None
+        assert torch.equal(loss, found["loss/policy"])
+        loss.backward()
         touched = {key for key, parameter in module.named_parameters() if parameter.grad is not None}
         assert touched == {key for key, _ in module.named_parameters() if key.startswith("actor.")}
         assert all(module.actor.get_parameter(key).grad.any() for key in ("observations", "targets"))
         assert not any(parameter.grad.any() for parameter in module.actor.noise.parameters()), "the expert's is kept"
-        assert not log_ratio.any()
-        assert entropy.isfinite()
+        assert found["policy/entropy"].isfinite()
 
 
 def test_divergences_are_those_of_torch():
@@ -342,8 +341,8 @@ def test_why_the_module_of_a_policy_of_ones_own_cannot_be_imported_is_said(tmp_p
 class Drawn(Imitation):
     """Keeps what each iteration imitates, and what its rollout saw."""
 
-    def _samples(self, rollout):
-        samples = super()._samples(rollout)
+    def samples(self, rollout):
+        samples = super().samples(rollout)
         self.drawn = [*getattr(self, "drawn", []), samples["observation"].flatten(0, 1)]
         self.rollouts = [*getattr(self, "rollouts", []), rollout["observation"].flatten(0, 1)]
         torch.testing.assert_close(self._expert.output(self.drawn[-1]), samples["expert"].flatten(0, 1))
@@ -372,9 +371,22 @@ def test_states_of_earlier_rollouts_are_imitated_too():
         other_learners(1, replay=639)
 
 
-def test_a_warmup_of_the_critic_that_imitation_lacks_is_refused():
-    with pytest.raises(ConfigError, match=r"model.critic_warmup=3: Imitation has no critic; allowed is 0"):
-        Imitation(env_spec("CartPole-v1"), expert="cartpole_1d_plain", critic_warmup=3)
+def test_options_of_an_objective_that_imitation_lacks_are_refused(capsys):
+    run = ["fit", "--data.env=CartPole-v1", "--model=Imitation", "--model.expert=cartpole_1d_plain"]
+    for option in ("critic_warmup", "clip", "target_kl", "gamma", "gae_lambda", "value_coef"):
+        with pytest.raises(SystemExit):
+            main([*run, f"--model.{option}=1"])
+        assert f"model.{option}" in capsys.readouterr().err
+
+
+def test_configs_of_distillation_by_reward_serve_imitation(capsys):
+    run = ["fit", "--config=conf/atari/pong.yaml", "--model=Imitation", "--model.expert=pong_l4", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(run)
+    options = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert options["encoder_level"] == 4
+    assert options["critic_optimizer"]["init_args"]["lr"] == 7.5e-4
+    assert "clip" not in options
 
 
 def test_what_was_distilled_elsewhere_is_said(caplog):

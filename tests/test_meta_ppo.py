@@ -7,7 +7,8 @@ from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, ev
 from lightning_distill.envs import EnvSpec, env_spec
 from lightning_distill.evaluation import IN_DISTRIBUTION, UNTAUGHT
 from lightning_distill.objectives import generalized_advantages
-from lightning_distill.ppo import PPO, clipped_step
+from lightning_distill.optimizing import clipped_step
+from lightning_distill.ppo import PPO
 
 SPECS = {
     "discrete": EnvSpec("CartPole-v1", (4,), "discrete", 2),
@@ -203,10 +204,10 @@ def test_each_state_has_the_critics_value_as_a_next_state_too(monkeypatch):
         return generalized_advantages(reward, value, next_value, terminated, *arguments)
 
     class Expected(MetaPPO):
-        def _samples(self, rollout):
+        def samples(self, rollout):
             value = self.critic(self.encode(rollout["next", "observation"])).detach()
             expected.append(value.masked_fill(rollout["next", "terminated"], 0.0).squeeze(-1))
-            return super()._samples(rollout)
+            return super().samples(rollout)
 
     monkeypatch.setattr("lightning_distill.ppo.generalized_advantages", record)
     watch = Watch()
@@ -225,7 +226,7 @@ def test_actor_stops_at_the_target_kl_and_the_critic_goes_on(monkeypatch):
         steps.append((len(params), bool((params[0] != before).any())))
         return norm
 
-    monkeypatch.setattr("lightning_distill.ppo.clipped_step", count)
+    monkeypatch.setattr("lightning_distill.rollout_module.clipped_step", count)
 
     class Count(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):

@@ -24,10 +24,11 @@ import lightning_distill.dataset
 from lightning_distill import CollectorDataModule, ConfigError, MetaPPO, load
 from lightning_distill.callbacks import ExportDataset
 from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
+from lightning_distill.checks import check_family
 from lightning_distill.cli import main
 from lightning_distill.data import Rollouts
 from lightning_distill.loggers import RunFolder
-from lightning_distill.ppo import clipped_step
+from lightning_distill.optimizing import clipped_step
 
 CONF = Path(__file__).parents[1] / "conf"
 FIT = [
@@ -420,7 +421,7 @@ def six_iterations(folder, callbacks=(), ckpt_path=None, seed=1):
     module = MetaPPO(data.spec, pairs=3, learners=4, lifetime=4)  # longer than until the interruption
     checkpoint = RunCheckpoint(dirpath=folder, filename="last", enable_version_counter=False, save_on_exception=True)
     run = trainer(enable_checkpointing=True, callbacks=[checkpoint, *callbacks], plugins=[AtomicCheckpointIO()])
-    module.check_family()  # as the command line does
+    check_family(module)  # as the command line does
     run.fit(module, data, ckpt_path=ckpt_path)
     return module, [optimizer.state_dict() for optimizer in run.optimizers], run.optimizers[0].param_groups
 
@@ -440,7 +441,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, seed):
         for _ in range(3):
             yield next(before)
         before.close()
-        self.data.trainer.lightning_module._running = None  # no episode goes on
+        module = self.data.trainer.lightning_module
+        module._running = module._returns_so_far = None  # no episode goes on
         yield from endless(self)
 
     without_restart, *_ = six_iterations(tmp_path / "whole", seed=seed)

@@ -44,8 +44,8 @@ def test_advantages_are_the_sum_of_discounted_errors():
 def test_discounted_sums_restart_after_done_and_continue_over_rollouts():
     reward = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     done = torch.tensor([[False, True, False, False]])
-    sums = discounted_sums(reward, done, torch.tensor([[10.0], [20.0]]), torch.tensor([0.5, 1.0]))
-    assert sums.tolist() == [[[6.0, 5.0, 3.0, 5.5]], [[21.0, 23.0, 3.0, 7.0]]]
+    assert discounted_sums(reward, done, torch.tensor([10.0]), 0.5).tolist() == [[6.0, 5.0, 3.0, 5.5]]
+    assert discounted_sums(reward, done, torch.tensor([20.0]), 1.0).tolist() == [[21.0, 23.0, 3.0, 7.0]]
 
 
 def test_surrogate_is_clipped_only_where_that_is_pessimistic():

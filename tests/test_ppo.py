@@ -137,9 +137,8 @@ def test_a_module_that_has_learned_is_not_trained_with_schedules_that_have_ended
 
 def test_the_return_that_is_logged_is_of_the_latest_episodes_of_all_environments():
     module = PPO(env_spec("CartPole-v1"))
-    module._sum_over_processes = lambda total: total
     reward = torch.arange(8.0).unsqueeze(1).expand(8, 50)  # each step an episode, more of them than are kept
-    module._scaled(reward, torch.ones_like(reward, dtype=torch.bool))
+    module._collect_returns(reward, torch.ones_like(reward, dtype=torch.bool))
     assert len(module._episode_returns) < reward.numel()
     assert set(module._episode_returns) == set(range(8))
 

@@ -12,11 +12,11 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
 from ..dataset import DistilledDataset
+from ..distillation import Distillation
 from ..envs.rendering import make_rendered
 from ..evaluation import IN_DISTRIBUTION, as_returns
 from ..learners import LearnerFamily
-from ..meta_ppo import MetaPPO
-from ..ppo import PPO
+from ..rollout_module import RolloutModule
 from ..tables import rows
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class Dashboard(L.Callback):
         self.video = video
         self.best_return: float | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: PPO) -> None:
-        if self.video and isinstance(pl_module, MetaPPO):
+    def on_fit_start(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
+        if self.video and isinstance(pl_module, Distillation):
             make_rendered(pl_module.spec.id, pl_module.spec.kwargs).close()  # it says why it cannot be drawn
         run = _wandb_run(trainer)
         if run is not None:
@@ -44,11 +44,11 @@ class Dashboard(L.Callback):
             run.define_metric("*", step_metric="env_steps", step_sync=True)
             run.define_metric("val/return", summary="max", step_metric="env_steps", step_sync=True)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
         run = _wandb_run(trainer)
         if run is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if not isinstance(pl_module, MetaPPO):
+        if not isinstance(pl_module, Distillation):
             return
         dataset = _described(pl_module)
         self._log_pictures(run, dataset)
@@ -57,7 +57,7 @@ class Dashboard(L.Callback):
             self.best_return = mean
             _log_dataset(run, dataset, ["best-by-validation"])
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
         run = _wandb_run(trainer)
         if run is None:
             return
@@ -66,7 +66,7 @@ class Dashboard(L.Callback):
         columns = ["family", "actions", "mean", "ci95", "std", "iqm", "worst", "learners", "episodes", "share"]
         data = [[row[name] for name in columns] for row in rows(pl_module.evaluations)]
         run.log({"test/returns": wandb.Table(columns=columns, data=data)})
-        if not isinstance(pl_module, MetaPPO):
+        if not isinstance(pl_module, Distillation):
             return
         dataset = _described(pl_module)
         _log_dataset(run, dataset, ["best-by-validation", "tested"])
@@ -110,7 +110,7 @@ def _wandb_run(trainer: L.Trainer) -> Any | None:
     return logger.experiment
 
 
-def _described(pl_module: MetaPPO) -> DistilledDataset:
+def _described(pl_module: Distillation) -> DistilledDataset:
     return pl_module.distilled().with_metadata(returns=as_returns(pl_module.evaluations))
 
 

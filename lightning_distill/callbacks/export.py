@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 
 from ..checkpoints import copy_atomically
+from ..distillation import Distillation
 from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION, as_returns
-from ..meta_ppo import MetaPPO
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class ExportDataset(L.Callback):
         self.folder = Path()
         self._loaded_from = Path()
 
-    def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Distillation, stage: str) -> None:
         self.fits = self.fits or stage == "fit"
         # Asked for here, on every process, as the answer is a broadcast.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -43,7 +43,7 @@ class ExportDataset(L.Callback):
                 f"output folder {str(self.folder)!r} is not writable: {error.strerror or error}"
             ) from error
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._write(trainer, pl_module, "last.safetensors")
@@ -52,19 +52,19 @@ class ExportDataset(L.Callback):
             self.best_return = mean
             self._write(trainer, pl_module, "distilled.safetensors")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         if not pl_module.evaluations:  # trained since the last validation
             self._write(trainer, pl_module, "last.safetensors")
         if not trainer.enable_validation:
             self._write(trainer, pl_module, "distilled.safetensors")
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         # Where no checkpoints are kept the test is of the end, which is not the best by validation.
         of_the_end = trainer.ckpt_path is None and trainer.enable_validation and self.best_return is not None
         name = "last.safetensors" if of_the_end else "distilled.safetensors"
         self._write(trainer, pl_module, name if self.fits else "tested.safetensors")
 
-    def on_exception(self, trainer: L.Trainer, pl_module: MetaPPO, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Distillation, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or pl_module.iteration == 0:
             return
         try:
@@ -74,7 +74,7 @@ class ExportDataset(L.Callback):
         except Exception as error:  # whatever it is, checkpoints are still to be written
             logger.warning("no dataset of the moment it stopped: %s. The one before is whole.", error)
 
-    def _write(self, trainer: L.Trainer, pl_module: MetaPPO, name: str) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: Distillation, name: str) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         returns = as_returns(pl_module.evaluations)
@@ -84,7 +84,7 @@ class ExportDataset(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"best_return": self.best_return, "folder": str(self.folder.resolve())}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: MetaPPO, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Distillation, checkpoint: dict[str, Any]) -> None:
         self._loaded_from = Path(str(trainer.ckpt_path)).resolve().parent.parent
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

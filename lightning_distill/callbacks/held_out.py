@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import lightning as L
 from jsonargparse.typing import NonNegativeInt
 
+from ..distillation import Distillation
 from ..envs import ConfigError
 from ..evaluation import IN_DISTRIBUTION, ROWS, check_taught, reported_rules, row_name
 from ..families import as_family, families_apart, held_out_from
 from ..learners import Factory, LearnerFamily
-from ..meta_ppo import MetaPPO
 
 
 class HeldOutLearners(L.Callback):
@@ -36,7 +36,7 @@ class HeldOutLearners(L.Callback):
         self.families = None if families is None else _named(families)
         self.at_validation = at_validation
 
-    def setup(self, trainer: L.Trainer, pl_module: MetaPPO, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Distillation, stage: str) -> None:
         if self.families is None:
             self.families = _named(held_out_from(pl_module.spec.observation_shape))
         self.families = families_apart(self.families, pl_module.family)
@@ -47,14 +47,14 @@ class HeldOutLearners(L.Callback):
             # Now rather than at the first validation or the test, when a part of the run or all of it is done.
             check_taught(f"held_out.families: {name!r}", family, dataset, reported_rules(dataset))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         dataset = pl_module.distilled()
         for name, family in list(self.families.items())[: self.at_validation]:
             evaluation = trainer.datamodule.evaluate(dataset, family, "validate")
             pl_module.evaluations[name] = {"sampled": evaluation}
             self._log(pl_module, name, "held_out")
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: MetaPPO) -> None:
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         dataset = pl_module.distilled()
         for rule in reported_rules(dataset):
             for name, family in self.families.items():
@@ -64,7 +64,7 @@ class HeldOutLearners(L.Callback):
                 self._log(pl_module, row, "test/sampled")
 
     @staticmethod
-    def _log(pl_module: MetaPPO, name: str, prefix: str) -> None:
+    def _log(pl_module: Distillation, name: str, prefix: str) -> None:
         evaluation = pl_module.evaluations[name]["sampled"]
         share = evaluation.share(pl_module.evaluations[IN_DISTRIBUTION]["sampled"])
         pl_module.log(f"{prefix}/{name}/return", evaluation.mean, batch_size=1)

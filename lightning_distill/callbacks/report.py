@@ -11,9 +11,9 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from ..dataset import DistilledDataset, write_atomically
-from ..meta_ppo import MetaPPO
-from ..ppo import PPO
+from ..distillation import Distillation
 from ..provenance import describe_run
+from ..rollout_module import RolloutModule
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +36,24 @@ class RunReport(L.Callback):
         #: The dataset as it was at each validation.
         self.snapshots: list[DistilledDataset] = []
 
-    def setup(self, trainer: L.Trainer, pl_module: PPO, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: RolloutModule, stage: str) -> None:
         # Asked for here, on every process, as the answer is a broadcast.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: PPO) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         self.environment = {"seed": pl_module.seed, **describe_run(), "processes": trainer.world_size}
         self.environment["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
         write_atomically(self.folder / "environment.json", json.dumps(self.environment, indent=2).encode())
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: PPO) -> None:
-        if trainer.state.fn != "fit" or not trainer.is_global_zero or not isinstance(pl_module, MetaPPO):
+    def on_validation_end(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
+        if trainer.state.fn != "fit" or not trainer.is_global_zero or not isinstance(pl_module, Distillation):
             return
         if pl_module.synthetic_batch.observations[0].numel() <= SHOWN_OVER_TIME:
             self.snapshots.append(pl_module.distilled())
 
-    def on_exception(self, trainer: L.Trainer, pl_module: PPO, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: RolloutModule, exception: BaseException) -> None:
         writes = trainer.is_global_zero and not trainer.fast_dev_run and self.pictures
         if writes and trainer.state.fn == "fit" and pl_module.iteration > 0:
             try:
@@ -61,7 +61,7 @@ class RunReport(L.Callback):
             except Exception as error:  # what stopped the run is what has to be seen
                 logger.warning("no report: %s", error)
 
-    def teardown(self, trainer: L.Trainer, pl_module: PPO, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: RolloutModule, stage: str) -> None:
         # After the progress bar has ended, so that the table stands alone.
         if stage != "test" or not pl_module.evaluations or not trainer.is_global_zero or trainer.fast_dev_run:
             return
@@ -79,16 +79,16 @@ class RunReport(L.Callback):
             console.print(f"  {path}  [dim]{meaning}[/dim]", soft_wrap=True, highlight=False)
 
     @staticmethod
-    def _title(pl_module: PPO) -> str:
-        what = f"{pl_module.synthetic_batch.pairs} pairs" if isinstance(pl_module, MetaPPO) else "PPO"
+    def _title(pl_module: RolloutModule) -> str:
+        what = f"{pl_module.synthetic_batch.pairs} pairs" if isinstance(pl_module, Distillation) else "PPO"
         return f"{pl_module.spec.id}: {what}"
 
-    def _draw(self, trainer: L.Trainer, pl_module: PPO) -> None:
+    def _draw(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
         from ..html_report import write_report
         from ..pictures import draw_learning_curve, draw_pairs, read_curves
 
         picture = curves = None
-        if isinstance(pl_module, MetaPPO):
+        if isinstance(pl_module, Distillation):
             picture = draw_pairs(pl_module.distilled(), self.folder / "pairs.png")
         for csv_logger in (found for found in trainer.loggers if isinstance(found, CSVLogger)):
             csv_logger.save()
