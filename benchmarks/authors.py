@@ -17,8 +17,8 @@ import marked
 import torch
 
 from lightning_distill import evaluate_all
-from lightning_distill.evaluation import IN_DISTRIBUTION, as_returns
 from lightning_distill.importing import import_released
+from lightning_distill.returns import IN_DISTRIBUTION, as_returns
 
 RECORDS = Path(__file__).with_suffix("")
 #: File → environment.

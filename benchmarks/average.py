@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_distill.dataset import load
 from lightning_distill.envs import env_spec
-from lightning_distill.evaluation import Evaluation, Evaluator, StackedActor
+from lightning_distill.evaluation import Evaluator, StackedActor
 from lightning_distill.experts import TaughtLearners
 from lightning_distill.policies import action_distribution
+from lightning_distill.returns import Evaluation
 
 EPISODES = 40
 

@@ -10,7 +10,8 @@ import argparse
 import torch
 
 from lightning_distill.envs import env_spec
-from lightning_distill.evaluation import Evaluation, Evaluator
+from lightning_distill.evaluation import Evaluator
+from lightning_distill.returns import Evaluation
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ import torch
 
 from lightning_distill import MLP, DistilledDataset, load
 from lightning_distill.envs import env_spec, make_env, stream_seed
-from lightning_distill.evaluation import Evaluation, Evaluator
+from lightning_distill.evaluation import Evaluator
 from lightning_distill.learners import Params
+from lightning_distill.returns import Evaluation
 from lightning_distill.step_rules import sgd
 
 EPISODES, SELECTION_SEED, REPORT_SEED = 20, 100, 1

@@ -15,8 +15,9 @@ from typing import Any
 import marked
 
 from lightning_distill import evaluate_all, load
-from lightning_distill.evaluation import IN_DISTRIBUTION, as_returns, trained_family
 from lightning_distill.families import FAMILIES, HELD_OUT, TRAINED_ON, families_apart
+from lightning_distill.matching import trained_family
+from lightning_distill.returns import IN_DISTRIBUTION, as_returns
 
 RECORD = Path(__file__).with_suffix(".json")
 

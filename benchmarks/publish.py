@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 
 from lightning_distill import evaluate_all, load
-from lightning_distill.evaluation import as_returns, trained_family
+from lightning_distill.matching import trained_family
+from lightning_distill.returns import as_returns
 from lightning_distill.tables import returns_table
 from lightning_distill.teaching import with_encoder_level
 

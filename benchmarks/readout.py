@@ -22,8 +22,9 @@ from torch import Tensor
 
 from lightning_distill import load
 from lightning_distill.envs import EnvSpec, env_spec, make_env
-from lightning_distill.evaluation import evaluate, trained_family
+from lightning_distill.evaluation import evaluate
 from lightning_distill.experts import Expert, expert_from
+from lightning_distill.matching import trained_family
 from lightning_distill.policies import action_distribution
 from lightning_distill.teaching import teach_many, with_encoder_level
 

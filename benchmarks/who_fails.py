@@ -16,7 +16,8 @@ import torch
 
 from lightning_distill import load
 from lightning_distill.envs import env_spec
-from lightning_distill.evaluation import Evaluator, trained_family
+from lightning_distill.evaluation import Evaluator
+from lightning_distill.matching import trained_family
 from lightning_distill.mixtures import members
 
 SEED = 2

@@ -21,9 +21,10 @@ from .teaching import Policy, StackedPolicy, teach, teach_many
 
 if TYPE_CHECKING:
     from .data import CollectorDataModule
-    from .evaluation import Evaluation, evaluate, evaluate_all
+    from .evaluation import evaluate, evaluate_all
     from .meta_ppo import MetaPPO
     from .ppo import PPO
+    from .returns import Evaluation
 
 __all__ = [
     "MLP",
@@ -56,7 +57,7 @@ if "gymnasium" in sys.modules:
 # What trains or simulates is imported when it is asked for: loading and teaching need torch and safetensors alone.
 _LAZY = {
     "CollectorDataModule": "data",
-    "Evaluation": "evaluation",
+    "Evaluation": "returns",
     "evaluate": "evaluation",
     "evaluate_all": "evaluation",
     "MetaPPO": "meta_ppo",

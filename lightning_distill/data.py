@@ -18,8 +18,9 @@ from jsonargparse.typing import PositiveInt
 from .configs import check_numbers
 from .dataset import DistilledDataset
 from .envs import Backend, ConfigError, env_spec, make_env, simulator_threads, stream_seed, usable_cores
-from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, Evaluator, StackedActor
+from .evaluation import TEST_SEED, VALIDATION_SEED, Evaluator, StackedActor
 from .learners import LearnerFamily
+from .returns import Evaluation
 
 logger = logging.getLogger(__name__)
 

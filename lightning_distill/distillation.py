@@ -15,8 +15,8 @@ from .configs import check_numbers
 from .data import Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError, stream_seed
-from .evaluation import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
 from .learners import Params
+from .returns import IN_DISTRIBUTION, Evaluation, reported_rules, row_name
 from .rollout_module import Normaliser, RolloutModule
 from .step_rules import STEP_RULES
 from .synthetic import SyntheticBatch

@@ -11,48 +11,31 @@ One implementation behind the callbacks, the command line and the API. The proto
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .dataset import DistilledDataset, as_dataset
-from .envs import Backend, ConfigError, EnvSpec, env_spec, make_env, reason, simulator_threads, stream_seed
+from .envs import Backend, ConfigError, EnvSpec, make_env, simulator_threads, stream_seed
 from .envs.variations import Variation, make_varied_env
-from .families import as_family, family_from
+from .families import as_family
 from .learners import LearnerFamily
-from .mixtures import members
-from .nature import FRAMES
-from .step_rules import check_outputs
-from .teaching import StackedPolicy, chosen_rule, keep_random_state, seeded, teach_many, with_line_search
+from .matching import check_matches, check_taught, own_family, played_in, trained_family
+from .returns import IN_DISTRIBUTION, RANDOM, SHUFFLED, UNTAUGHT, Evaluation, Kind, reported_rules, row_name
+from .teaching import StackedPolicy, seeded, teach_many, with_line_search
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sampled", "greedy"]
-
-#: Rows of a table of returns that are no held-out family.
-IN_DISTRIBUTION = "in-distribution"
-TRAINED_POLICY = "trained policy"
-UNTAUGHT = "control: untaught"
-SHUFFLED = "control: shuffled targets"
-RANDOM = "control: random actions"
-#: Rows of tables that are not families'.
-ROWS = (IN_DISTRIBUTION, TRAINED_POLICY, UNTAUGHT, SHUFFLED, RANDOM)
-
 #: Seeds of evaluations. A dataset is chosen by validation, so what is reported of it comes from another seed: by default
 #: that of the test at a run's end, whose returns the file states.
 VALIDATION_SEED, TEST_SEED = 0, 1
-
-BOOTSTRAP_DRAWS = 2000
 
 #: Where an episode is cut that no environment and no time limit ends; Atari's longest have 27 000 steps.
 LONGEST_EPISODE = 100_000
@@ -81,70 +64,6 @@ class RandomActions:
             torch.randn(*count, self.spec.actions, device=device),
         )
         return torch.where((high - low).isfinite(), low + drawn[0] * (high - low), drawn[1])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Returns of fresh learners: ``returns`` [learners, episodes], undiscounted, of whole episodes.
-
-    Of direct RL, which has one policy, every row is that policy again: statistics are then over its episodes.
-    """
-
-    returns: Tensor
-    greedy: bool
-
-    @property
-    def per_learner(self) -> Tensor:
-        """Mean return of each learner [learners]: the unit of all statistics, as learners are what is drawn afresh."""
-        return self.returns.mean(1)
-
-    @property
-    def mean(self) -> float:
-        return self.per_learner.mean().item()
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over learners."""
-        return self.per_learner.std().item() if len(self.returns) > 1 else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the mean, by the percentile bootstrap over learners (Efron 1979)."""
-        n = len(self.returns)
-        if n < 2:
-            return -math.inf, math.inf
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(n, (BOOTSTRAP_DRAWS, n), generator=generator)
-        means = self.per_learner.cpu()[draws].mean(1)
-        low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-        return low, high
-
-    @property
-    def ci95(self) -> float:
-        """Half the width of the 95 % confidence interval; infinite for one learner."""
-        low, high = self.interval
-        return (high - low) / 2
-
-    @property
-    def iqm(self) -> float:
-        """Interquartile mean over learners (Agarwal et al. 2021)."""
-        ordered = self.per_learner.sort().values
-        cut = len(ordered) // 4
-        return ordered[cut : len(ordered) - cut].mean().item()
-
-    @property
-    def worst(self) -> float:
-        """The worst learner's mean return."""
-        return self.per_learner.min().item()
-
-    def share(self, reference: Evaluation) -> float | None:
-        """Mean return as a share of another's; None if that is not positive, as a share of a loss says nothing."""
-        return self.mean / reference.mean if reference.mean > 0 else None
-
-    def as_dict(self) -> dict[str, Any]:
-        names = ("mean", "std", "ci95", "iqm", "worst")
-        values = {name: getattr(self, name) for name in names}
-        return {**values, "learners": self.returns.shape[0], "episodes": self.returns.shape[1], "greedy": self.greedy}
 
 
 class Evaluator:
@@ -280,66 +199,6 @@ class Evaluator:
             )
 
 
-def check_matches(dataset: DistilledDataset, spec: EnvSpec) -> None:
-    """Raise ``ConfigError`` unless the dataset's shapes and kind of action are the environment's."""
-    mine = (dataset.observation_shape, dataset.action_type, dataset.outputs)
-    its = spec.interface
-    if mine != its:
-        raise ConfigError(
-            f"the dataset (for {dataset.env}) has observations {mine[0]}, {mine[1]} actions, {mine[2]} outputs; "
-            f"env={spec.id!r} needs {its[0]}, {its[1]}, {its[2]}"
-        )
-
-
-def check_begins(option: str, dataset: DistilledDataset, spec: EnvSpec) -> None:
-    """``check_matches`` for what a run begins with, and a warning where that is of another environment of the same shapes."""
-    check_matches(dataset, spec)
-    if dataset.env != spec.id:
-        logger.warning("%s: distilled from %s, but data.env=%r", option, dataset.env, spec.id)
-
-
-def check_taught(name: str, family: LearnerFamily, dataset: DistilledDataset, rules: Sequence[str]) -> None:
-    """Raise ``ConfigError`` unless two learners of a family can be taught on two pairs by each rule, and then act on one observation each.
-
-    Before anybody plays or trains. Random state stays as it is.
-    """
-    few = dataclasses.replace(dataset, observations=dataset.observations[:2], targets=dataset.targets[:2])
-    device = few.observations.device
-    for rule, member in itertools.product(rules, members(family)):
-        chosen_rule(dataset, rule)  # whose absence is no fault of the family
-        with keep_random_state(device):
-            try:
-                taught = teach_many(member, few, 2, rule, device=device)
-            except Exception as error:  # somebody else's module may raise anything
-                raise ConfigError(f"{name} cannot be taught by {rule} ({reason(error)})") from error
-            try:
-                observation = torch.zeros(2, 1, *dataset.observation_mean.shape, device=device)
-                check_outputs(taught.output(observation), (2, 1, dataset.outputs))
-            except Exception as error:
-                raise ConfigError(f"{name} cannot act on one observation ({reason(error)})") from error
-
-
-def played_in(dataset: DistilledDataset, env: str | None = None, env_kwargs: dict[str, Any] | None = None) -> EnvSpec:
-    """The environment in which a dataset's learners play: its own, or another, of which the dataset's arguments say nothing."""
-    if env_kwargs is None:
-        env_kwargs = dataset.env_kwargs if env in (None, dataset.env) else {}
-    return env_spec(env or dataset.env, env_kwargs)
-
-
-def trained_family(dataset: DistilledDataset) -> LearnerFamily:
-    """The (first) family that the dataset was distilled with; the paper's where the dataset does not say.
-
-    Raises:
-        ConfigError: it was none of this package. A file cannot name code that is then run, so that family has to be given.
-    """
-    paper = "NatureCNN" if dataset.observation_shape == FRAMES else "MLP"
-    described = dataset.metadata.get("learners") or [{"class_path": f"lightning_distill.{paper}"}]
-    try:
-        return family_from(described[0])
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(f"family: the dataset's own cannot be built ({error}); give one") from None
-
-
 def shuffle_targets(dataset: DistilledDataset, seed: int = TEST_SEED) -> DistilledDataset:
     """The same dataset with the targets permuted over the pairs so that none keeps its own (a control).
 
@@ -408,14 +267,6 @@ def evaluate(
     return table[row_name(IN_DISTRIBUTION, step_rule or dataset.step_rule, dataset)][kind]
 
 
-def own_family(dataset: DistilledDataset, given: Mapping[str, LearnerFamily]) -> LearnerFamily:
-    """What the dataset was distilled with; where that cannot be built here, the first of those that are given."""
-    try:
-        return trained_family(dataset)
-    except ConfigError:
-        return next(iter(given.values()))
-
-
 def evaluate_all(
     dataset: DistilledDataset | str | os.PathLike[str],
     families: Mapping[str, LearnerFamily | Callable[..., nn.Module] | str] | None = None,
@@ -479,22 +330,3 @@ def evaluate_all(
         return table
     finally:
         evaluator.close()
-
-
-def reported_rules(dataset: DistilledDataset) -> list[str]:
-    """The step rules every dataset is reported with: the one that it recommends, and the plain step."""
-    return list(dict.fromkeys([dataset.step_rule, "sgd"]))
-
-
-def row_name(family: str, rule: str, dataset: DistilledDataset) -> str:
-    """Name of a row of a table of returns; it says the step rule unless that is the recommended one."""
-    return family if rule == dataset.step_rule else f"{family}, {rule} step"
-
-
-def as_returns(evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{row: {sampled|greedy: evaluation}} as the ``returns`` entry of a dataset's metadata."""
-
-    def plain(evaluation: Evaluation) -> dict[str, Any]:
-        return {key: value for key, value in evaluation.as_dict().items() if key != "greedy"}
-
-    return {family: {kind: plain(entry) for kind, entry in kinds.items()} for family, kinds in evaluations.items()}

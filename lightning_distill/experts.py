@@ -16,9 +16,9 @@ from .checkpoints import AtomicCheckpointIO
 from .class_paths import class_path, imported
 from .dataset import load
 from .envs import ConfigError, EnvSpec
-from .evaluation import check_begins, trained_family
 from .families import as_family, family_from
 from .learners import LearnerFamily
+from .matching import check_begins, trained_family
 from .modules import ModuleFamily
 from .ppo import PPO
 from .rollout_module import OBSERVATION_CLIP

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .dataset import DatasetError, DistilledDataset
 from .envs import env_spec, make_env, simulator_threads, stream_seed
-from .evaluation import check_matches, trained_family
 from .learners import MLP
+from .matching import check_matches, trained_family
 from .moments import RunningMoments
 from .nature import FRAMES, LEVELS, MAX_PIXEL, NatureCNN, make_encoder
 from .teaching import seeded, teach_many

@@ -20,7 +20,7 @@ from .critics import make_critic
 from .data import CollectorDataModule, Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError, EnvSpec
-from .evaluation import TRAINED_POLICY, Evaluation, StackedActor
+from .evaluation import StackedActor
 from .learners import FIXED, LearnerFamily, Params
 from .mixtures import members
 from .moments import RunningMoments
@@ -33,6 +33,7 @@ from .objectives import (
 )
 from .optimizing import LinearAnneal as LinearAnneal  # where the configs of earlier runs say that it is
 from .policies import ActionNoise, action_distribution
+from .returns import TRAINED_POLICY, Evaluation
 from .rollout_module import RolloutModule
 from .teaching import teach_many
 

@@ -28,14 +28,15 @@ from .configs import check_numbers
 from .data import CollectorDataModule, Stage
 from .dataset import DistilledDataset, load, normalise
 from .envs import ConfigError, EnvSpec, stream_seed
-from .evaluation import Evaluation, check_begins
 from .families import as_family
 from .learners import Factory, LearnerFamily, Params
+from .matching import check_begins
 from .moments import FrameScale, RunningMoments
 from .nature import LEVELS, make_encoder, scaled
 from .objectives import discounted_sums
 from .optimizing import LinearAnneal, clipped_step, no_loss
 from .policies import action_distribution
+from .returns import Evaluation
 
 Normaliser = tuple[Tensor, Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from .dataset import DistilledDataset, load
 from .envs import ConfigError
-from .evaluation import IN_DISTRIBUTION
 from .pipeline import finished_run
+from .returns import IN_DISTRIBUTION
 
 
 @dataclass(frozen=True)

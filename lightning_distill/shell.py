@@ -71,8 +71,10 @@ def evaluate(
         json: write JSON.
     """
     from .envs.variations import Variation
-    from .evaluation import IN_DISTRIBUTION, as_returns, evaluate_all, own_family
+    from .evaluation import evaluate_all
     from .families import families_apart, held_out_from
+    from .matching import own_family
+    from .returns import IN_DISTRIBUTION, as_returns
     from .tables import returns_table, shares
 
     pairs = load(dataset)
@@ -237,8 +239,9 @@ def import_file(
         evaluate: fresh learners to evaluate it with; their returns are written into the dataset.
         json: write JSON.
     """
-    from .evaluation import as_returns, evaluate_all
+    from .evaluation import evaluate_all
     from .importing import estimate_normaliser, import_released
+    from .returns import as_returns
 
     if normaliser_steps < 0 or evaluate < 0:
         raise ConfigError(f"normaliser_steps={normaliser_steps}, evaluate={evaluate}: allowed are integers ≥ 0")
@@ -402,8 +405,9 @@ def _with_dashes(option: list[str] | None) -> list[str]:
 
 def _family(name: str, pairs: DistilledDataset) -> LearnerFamily:
     """The family of a name, tried on the dataset's shapes, so that one that does not fit is named at once."""
-    from .evaluation import IN_DISTRIBUTION, trained_family
     from .families import family_named
+    from .matching import trained_family
+    from .returns import IN_DISTRIBUTION
 
     found = trained_family(pairs) if name == IN_DISTRIBUTION else family_named(name)
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .evaluation import IN_DISTRIBUTION
+from .returns import IN_DISTRIBUTION
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .evaluation import Evaluation
+    from .returns import Evaluation
 
 Evaluations = Mapping[str, Mapping[str, "Evaluation"]]
 

@@ -14,8 +14,9 @@ import numpy as np
 from .dataset import DistilledDataset
 from .envs import ConfigError, stream_seed
 from .envs.rendering import in_window, make_rendered
-from .evaluation import TEST_SEED, check_matches, played_in, trained_family
+from .evaluation import TEST_SEED
 from .learners import LearnerFamily
+from .matching import check_matches, played_in, trained_family
 from .teaching import seeded, teach_many
 
 logger = logging.getLogger(__name__)

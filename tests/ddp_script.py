@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_distill import CollectorDataModule, MetaPPO
 from lightning_distill.callbacks import ExportDataset, RunReport
 from lightning_distill.checkpoints import AtomicCheckpointIO, RunCheckpoint
-from lightning_distill.evaluation import IN_DISTRIBUTION
 from lightning_distill.experts import Expert
 from lightning_distill.imitation import Imitation
+from lightning_distill.returns import IN_DISTRIBUTION
 
 torch.set_num_threads(1)
 folder, iterations, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -15,10 +15,10 @@ from torch import nn
 from lightning_distill import ConfigError, MetaPPO, NatureCNN, Variation, evaluate, load, teach, teach_many, watching
 from lightning_distill.envs import EnvSpec, env_spec, make_env
 from lightning_distill.envs.atari import AtariSimulator
-from lightning_distill.evaluation import trained_family
 from lightning_distill.families import family_named
 from lightning_distill.imitation import Imitation
 from lightning_distill.importing import import_released
+from lightning_distill.matching import trained_family
 from lightning_distill.nature import encoder_from, make_encoder, make_nature_critic, scaled
 from lightning_distill.optimizing import clipped_step
 from lightning_distill.pictures import _action_names, draw_pairs

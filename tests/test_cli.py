@@ -17,8 +17,8 @@ from torch import nn
 
 from lightning_distill import PPO, MetaPPO, load
 from lightning_distill.cli import main
-from lightning_distill.evaluation import trained_family
 from lightning_distill.families import HELD_OUT
+from lightning_distill.matching import trained_family
 from lightning_distill.mixtures import members
 
 CONF = Path(__file__).parents[1] / "conf"

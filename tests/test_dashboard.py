@@ -18,10 +18,10 @@ from lightning_distill import ConfigError, MetaPPO, load
 from lightning_distill.callbacks import Dashboard
 from lightning_distill.cli import main
 from lightning_distill.envs import env_spec
-from lightning_distill.evaluation import Evaluation
 from lightning_distill.families import family_named
 from lightning_distill.html_report import write_report
 from lightning_distill.provenance import git_revision
+from lightning_distill.returns import Evaluation
 
 CONF = Path(__file__).parents[1] / "conf"
 SWEEPS = sorted((CONF / "sweeps").glob("*.yaml"))

@@ -15,20 +15,9 @@ from lightning_distill import MLP, ConfigError, DistilledDataset, Variation, eva
 from lightning_distill.callbacks.held_out import HeldOutLearners
 from lightning_distill.envs import EnvSpec, env_spec, stream_seed
 from lightning_distill.envs.vector import EnvPoolSimulator, GymnasiumSimulator, ProcessSimulator
-from lightning_distill.evaluation import (
-    IN_DISTRIBUTION,
-    RANDOM,
-    SHUFFLED,
-    TEST_SEED,
-    UNTAUGHT,
-    VALIDATION_SEED,
-    Evaluation,
-    Evaluator,
-    RandomActions,
-    as_returns,
-    shuffle_targets,
-    trained_family,
-)
+from lightning_distill.evaluation import TEST_SEED, VALIDATION_SEED, Evaluator, RandomActions, shuffle_targets
+from lightning_distill.matching import trained_family
+from lightning_distill.returns import IN_DISTRIBUTION, RANDOM, SHUFFLED, UNTAUGHT, Evaluation, as_returns
 
 # --- an environment whose returns are known --------------------------------------------------------------------------
 from lightning_distill.teaching import seeded

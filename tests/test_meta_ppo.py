@@ -5,10 +5,10 @@ import torch
 
 from lightning_distill import MLP, CollectorDataModule, ConfigError, MetaPPO, evaluate_all, teach_many
 from lightning_distill.envs import EnvSpec, env_spec
-from lightning_distill.evaluation import IN_DISTRIBUTION, UNTAUGHT
 from lightning_distill.objectives import generalized_advantages
 from lightning_distill.optimizing import clipped_step
 from lightning_distill.ppo import PPO
+from lightning_distill.returns import IN_DISTRIBUTION, UNTAUGHT
 
 SPECS = {
     "discrete": EnvSpec("CartPole-v1", (4,), "discrete", 2),

@@ -16,8 +16,8 @@ from PIL import Image
 from lightning_distill import MLP, ConfigError, dataset, evaluate, watching
 from lightning_distill.cli import main
 from lightning_distill.envs.rendering import make_rendered
-from lightning_distill.evaluation import Evaluation, as_returns
 from lightning_distill.families import FAMILIES, HELD_OUT, family_named
+from lightning_distill.returns import Evaluation, as_returns
 from lightning_distill.shell import COMMANDS
 
 

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import WandbLogger
 from ..dataset import DistilledDataset
 from ..distillation import Distillation
 from ..envs.rendering import make_rendered
-from ..evaluation import IN_DISTRIBUTION, as_returns
 from ..learners import LearnerFamily
+from ..returns import IN_DISTRIBUTION, as_returns
 from ..rollout_module import RolloutModule
 from ..tables import rows
 

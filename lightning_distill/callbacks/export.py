@@ -12,7 +12,7 @@ import lightning as L
 from ..checkpoints import copy_atomically
 from ..distillation import Distillation
 from ..envs import ConfigError
-from ..evaluation import IN_DISTRIBUTION, as_returns
+from ..returns import IN_DISTRIBUTION, as_returns
 
 logger = logging.getLogger(__name__)
 

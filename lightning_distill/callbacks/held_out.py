@@ -9,9 +9,10 @@ from jsonargparse.typing import NonNegativeInt
 
 from ..distillation import Distillation
 from ..envs import ConfigError
-from ..evaluation import IN_DISTRIBUTION, ROWS, check_taught, reported_rules, row_name
 from ..families import as_family, families_apart, held_out_from
 from ..learners import Factory, LearnerFamily
+from ..matching import check_taught
+from ..returns import IN_DISTRIBUTION, ROWS, reported_rules, row_name
 
 
 class HeldOutLearners(L.Callback):
