@@ -59,6 +59,7 @@ class Distillation(RolloutModule):
     def __init__(
         self,
         spec: dict[str, Any],
+        *,
         pairs: PositiveInt | None = None,
         learners: PositiveInt = 8,
         lifetime: PositiveInt = 8,

@@ -61,6 +61,7 @@ class Imitation(Distillation):
     def __init__(
         self,
         spec: dict[str, Any],
+        *,
         expert: str | Callable[[EnvSpec], Expert],
         expert_noise: PositiveFloat = 1.0,
         replay: PositiveInt | None = None,
@@ -91,8 +92,8 @@ class Imitation(Distillation):
         super().prepare_for_worker()
         self._seen = None
 
-    def check_rollouts(self, data: CollectorDataModule, processes: int) -> None:
-        super().check_rollouts(data, processes)
+    def check_rollouts(self, data: CollectorDataModule) -> None:
+        super().check_rollouts(data)
         states = data.num_envs * data.rollout_length
         if self.replay is not None and self.replay < states:
             raise ConfigError(

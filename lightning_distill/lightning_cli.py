@@ -77,6 +77,7 @@ def _about_the_model(message: str) -> str:
     if not found:
         allowed = f"{', '.join(model.__name__ for model in MODELS)}, or the class path of a subclass of one"
         path = re.search(r"Expected a dot import path string: (\S+)", message)
+        path = path or re.search(r"is abstract.*Given value: (\S+)", message, re.DOTALL)
         return f"model={path[1]}: allowed are {allowed}" if path else f"{message}\n  Allowed: {allowed}"
     problem = textwrap.dedent(problem.split("\n    - Expected a <class 'NoneType'>")[0])
     problem = re.sub(r"^Option '(\w+)' is not accepted", rf"Option 'model.\1' is not accepted by {name}", problem)
@@ -86,7 +87,9 @@ def _about_the_model(message: str) -> str:
 def _about_what_is_missing(message: str) -> str:
     """The option's name as it is typed; parsers within know nothing of the section that they are for, which is the model."""
     found = re.fullmatch(r"the following arguments are required: (?:\w+\.)?(?:(\w+)\.)?(\w+)", message)
-    return f"{found[1] or 'model'}.{found[2]}: not given, and needed" if found else message
+    if not found or not (found[1] or any(found[2] in inspect.signature(model).parameters for model in MODELS)):
+        return message
+    return f"{found[1] or 'model'}.{found[2]}: not given, and needed"
 
 
 def _in_one_line(message: str) -> str:
@@ -140,6 +143,11 @@ class DistillCLI(LightningCLI):
         given = self._model_options()
         super()._parse_ckpt_path()
         chosen = self.config[self.config.subcommand]
+        if unknown := set(self._model_options().get("dict_kwargs") or ()) - set(given.get("dict_kwargs") or ()):
+            raise ConfigError(
+                f"ckpt_path: holds options that {chosen.model.class_path} does not take ({', '.join(sorted(unknown))}): of an earlier version; what it "
+                "has learned is in the dataset that was written beside it (--model.start=FILE)"
+            )
         if self.config.subcommand != "fit" or chosen.ckpt_path is None:
             return
         for name in OF_SPEED:

@@ -23,5 +23,5 @@ class MetaPPO(Distillation, PPO):
         kwargs: of :class:`lightning_distill.distillation.Distillation` and :class:`lightning_distill.ppo.PPO`.
     """
 
-    def __init__(self, spec: dict[str, Any], target_kl: PositiveFloat = 0.05, **kwargs: Any) -> None:
+    def __init__(self, spec: dict[str, Any], *, target_kl: PositiveFloat = 0.05, **kwargs: Any) -> None:
         super().__init__(spec, target_kl=target_kl, **kwargs)

@@ -13,11 +13,13 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .compiling import Losses
 from .configs import check_numbers
 from .critics import make_critic
-from .data import CollectorDataModule, Stage
+from .data import Stage
 from .dataset import DistilledDataset
 from .envs import ConfigError, EnvSpec
 from .evaluation import StackedActor
@@ -65,6 +67,7 @@ class PPO(RolloutModule):
     def __init__(
         self,
         spec: dict[str, Any],
+        *,
         gamma: ClosedUnitInterval = 0.99,
         gae_lambda: ClosedUnitInterval = 0.95,
         clip: PositiveFloat = 0.2,
@@ -78,11 +81,13 @@ class PPO(RolloutModule):
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip, self.target_kl, self.value_coef = clip, target_kl, value_coef
         self.critic_warmup = critic_warmup
-        self.critic = make_critic(self.learner_shape, self.spec.frames)
         self.return_moments = RunningMoments()
         self._running: Tensor | None = None
 
     # --- the objective ------------------------------------------------------------------------------------------
+
+    def make_critic(self) -> nn.Module:
+        return make_critic(self.learner_shape, self.spec.frames)
 
     def recorded(self, inputs: Tensor) -> dict[str, Tensor]:
         # An encoder is most of what a value costs, and here it has run. Of vectors a rollout's values at once cost less.
@@ -176,16 +181,13 @@ class PPO(RolloutModule):
         log_ratio = policy.log_prob(batch["action"]) - batch["log_prob"]
         return ppo_loss(log_ratio, batch["advantage"], self.clip), policy.entropy().mean(), log_ratio
 
-    def critic_params(self) -> list[nn.Parameter]:
-        return [*self.critic.parameters(), *super().critic_params()]
-
-    def check_rollouts(self, data: CollectorDataModule, processes: int) -> None:
-        super().check_rollouts(data, processes)
-        iterations = data.iterations(processes)
-        if self.critic_warmup >= iterations:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        made = super().configure_optimizers()
+        if self.critic_warmup >= self._iterations and not self.trainer.fast_dev_run:
             raise ConfigError(
-                f"model.critic_warmup={self.critic_warmup}: the run has {iterations} iterations, allowed are fewer"
+                f"model.critic_warmup={self.critic_warmup}: the run has {self._iterations} iterations, allowed are fewer"
             )
+        return made
 
     # --- one policy, whose weights are learned ------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ Normaliser = tuple[Tensor, Tensor]
 
 OBSERVATION_CLIP = 10.0
 EPISODES_LOGGED = 100
+#: Figures that are logged of minibatches by which the actor takes a step alone.
+OF_STEPS = ("loss/policy", "policy/entropy")
 
 
 class RolloutModule(L.LightningModule, ABC):
@@ -83,6 +85,7 @@ class RolloutModule(L.LightningModule, ABC):
     def __init__(
         self,
         spec: dict[str, Any],
+        *,
         family: str | LearnerFamily | Factory = "paper",
         encoder_level: int = 0,
         entropy_coef: NonNegativeFloat = 0.0,
@@ -125,6 +128,7 @@ class RolloutModule(L.LightningModule, ABC):
         self.optimizer, self.critic_optimizer, self.scheduler = optimizer, critic_optimizer, scheduler
         self.encoder_level, self.encoder, self.learner_shape = self._make_encoder(encoder_level)
         self.actor = self.make_actor(log_std, log_std_min)
+        self.critic = self.make_critic()
         self.observation_moments = FrameScale() if self.spec.frames else RunningMoments(self.spec.observation_shape)
         self.observation_clip = OBSERVATION_CLIP
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
@@ -164,6 +168,10 @@ class RolloutModule(L.LightningModule, ABC):
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         """The module whose parameters ``optimizer`` changes; its ``noise`` is an :class:`ActionNoise`."""
 
+    def make_critic(self) -> nn.Module | None:
+        """A network from ``learner_shape`` to a state's value, where the objective needs one."""
+        return None
+
     def draw(self) -> None:
         """Draw what is fresh in each rollout."""
 
@@ -189,7 +197,7 @@ class RolloutModule(L.LightningModule, ABC):
         return True
 
     def may_go_on(self, found: dict[str, Tensor]) -> bool:
-        """Whether the actor learns on in this iteration, after what is logged of a minibatch."""
+        """Whether the actor learns on in this iteration. ``found``: what is logged of a minibatch, before its step; may be changed here."""
         return True
 
     def actor_metrics(self) -> dict[str, Tensor]:
@@ -302,6 +310,7 @@ class RolloutModule(L.LightningModule, ABC):
                 learns = learns and self.may_go_on(found)
                 if not learns:
                     actor_loss = no_loss(actor_params)
+                    found = {name: tensor for name, tensor in found.items() if name not in OF_STEPS}
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 self.manual_backward(actor_loss if critic_loss is None else actor_loss + critic_loss)
@@ -415,7 +424,7 @@ class RolloutModule(L.LightningModule, ABC):
             check_trainer(self.trainer)
             if not isinstance(self.trainer.datamodule, CollectorDataModule):
                 raise ConfigError("trainer.fit: rollouts come from a data module; allowed is a CollectorDataModule")
-            self.check_rollouts(self.trainer.datamodule, self.trainer.world_size)
+            self.check_rollouts(self.trainer.datamodule)
 
     def check(self, trainer: L.Trainer, data: CollectorDataModule) -> None:
         """Raise ``ConfigError`` for anything with which this module cannot be trained, before ``trainer.fit`` begins anything.
@@ -423,13 +432,13 @@ class RolloutModule(L.LightningModule, ABC):
         That looks itself, once the module is on its device; optimisers may be for that device alone.
         """
         check_trainer(trainer)
-        self.check_rollouts(data, trainer.world_size)
+        self.check_rollouts(data)
         check_family(self)
         if trainer.strategy.root_device.type == "cpu":
             check_optimizers(self, data.iterations(trainer.world_size))
 
-    def check_rollouts(self, data: CollectorDataModule, processes: int) -> None:
-        """Raise ``ConfigError`` for rollouts that this module, in so many processes, cannot learn from."""
+    def check_rollouts(self, data: CollectorDataModule) -> None:
+        """Raise ``ConfigError`` for rollouts that this module cannot learn from."""
         data.check_learners(self.learners)
         samples = data.num_envs * data.rollout_length // self.learners
         if samples < self.minibatches:
@@ -552,8 +561,8 @@ class RolloutModule(L.LightningModule, ABC):
             return level, encoder, tuple(encoder(torch.zeros(1, *shape)).shape[1:])
 
     def critic_params(self) -> list[nn.Parameter]:
-        """What ``critic_optimizer`` changes."""
-        return list(self.encoder.parameters())
+        """What ``critic_optimizer`` changes: the critic, if there is one, and the encoder."""
+        return [*(self.critic or nn.Identity()).parameters(), *self.encoder.parameters()]
 
 
 def _every(found: Any) -> list[Any]:

@@ -301,7 +301,7 @@ def test_imitation_begins_with_frames_and_trains_no_critic(tmp_path):
     learning._begin_with(frames[:2])
     for pair in learning.synthetic_batch.observations:
         assert any(torch.allclose(pair, frame / 255) for frame in frames)
-    assert not hasattr(learning, "critic")
+    assert learning.critic is None
     assert {id(p) for p in learning.critic_params()} == {id(p) for p in learning.encoder.parameters()}
 
 

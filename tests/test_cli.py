@@ -501,6 +501,7 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--model.gamma=1.5"], ["model.gamma", "1.5"]),
         (["--model=PPO", "--model.pairs=3"], ["model.pairs", "PPO"]),
         (["--model=Imitation"], ["error: model.expert: not given, and needed"]),
+        (["--model=Distillation"], ["error: model=Distillation: allowed are MetaPPO, PPO, Imitation, or "]),
         (["--model=PPP"], ["error: model=PPP: allowed are MetaPPO, PPO, Imitation, or "]),
         (["--model.pairs=0"], ["error: model.pairs=0: Not of type PositiveInt: does not conform to restriction v>0\n"]),
         (["--data.env_kwargs=5"], ["error: data.env_kwargs=5: Expected a dict\n"]),

@@ -406,6 +406,20 @@ def test_a_run_does_not_go_on_in_another_variant_of_its_environment(here, capsys
     assert "data.env_kwargs" in capsys.readouterr().err
 
 
+def test_a_checkpoint_with_options_that_are_gone_is_named(here, capsys):
+    fit("--data.env_steps=640")
+    last = here / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["hyper_parameters"]["retired"] = 1
+    torch.save(checkpoint, last)
+    for command in ("fit", "test", "validate"):
+        with pytest.raises(SystemExit):
+            main([command, *FIT[1:], f"--ckpt_path={last}"])
+        said = capsys.readouterr().err
+        assert "MetaPPO does not take (retired): of an earlier version" in said
+        assert "--model.start=FILE" in said
+
+
 class StopAfter(L.Callback):
     def __init__(self, iterations):
         self.iterations = iterations

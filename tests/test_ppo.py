@@ -143,6 +143,15 @@ def test_the_return_that_is_logged_is_of_the_latest_episodes_of_all_environments
     assert set(module._episode_returns) == set(range(8))
 
 
+def test_a_critic_begins_the_same_whatever_the_policy_begins_with():
+    critics = []
+    for start in (None, "cartpole_1d_plain"):
+        torch.manual_seed(1)
+        critics.append(PPO(env_spec("CartPole-v1"), start=start).critic.state_dict())
+    for name, value in critics[0].items():
+        assert torch.equal(critics[1][name], value)
+
+
 def test_any_policy_can_be_played():
     """An evaluation asks of a policy no more than actions for observations [learners, episodes, *obs]."""
     evaluator = Evaluator(env_spec("ProbeContext-v0"), learners=3, episodes=2)

@@ -80,7 +80,11 @@ class RunReport(L.Callback):
 
     @staticmethod
     def _title(pl_module: RolloutModule) -> str:
-        what = f"{pl_module.synthetic_batch.pairs} pairs" if isinstance(pl_module, Distillation) else "PPO"
+        what = (
+            f"{pl_module.synthetic_batch.pairs} pairs"
+            if isinstance(pl_module, Distillation)
+            else type(pl_module).__name__
+        )
         return f"{pl_module.spec.id}: {what}"
 
     def _draw(self, trainer: L.Trainer, pl_module: RolloutModule) -> None:
