@@ -62,3 +62,16 @@ def discounted_sums(reward: Tensor, done: Tensor, start: Tensor, gamma: float) -
         sums.append(running)
         running = running.masked_fill(step_done, 0.0)
     return torch.stack(sums, dim=-1)
+
+
+def carried_sums(reward: Tensor, done: Tensor, so_far: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
+    """Discounted sums [N, T] that go on from the rollout before, and what the next rollout goes on from [N].
+
+    Args:
+        reward, done: [N, T]. so_far: the latter of the rollout before; None, or of another number of environments: they begin.
+        gamma: the discount.
+    """
+    if so_far is None or len(so_far) != len(reward):
+        so_far = reward.new_zeros(len(reward))
+    sums = discounted_sums(reward, done, so_far, gamma)
+    return sums, sums[:, -1].masked_fill(done[:, -1], 0.0)

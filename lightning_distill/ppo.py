@@ -28,7 +28,7 @@ from .mixtures import members
 from .moments import RunningMoments
 from .objectives import (
     approximate_kl,
-    discounted_sums,
+    carried_sums,
     explained_variance,
     generalized_advantages,
     ppo_loss,
@@ -123,10 +123,7 @@ class PPO(RolloutModule):
 
     def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
         """Rewards over the running standard deviation of discounted returns."""
-        if self._running is None or len(self._running) != len(reward):
-            self._running = reward.new_zeros(len(reward))
-        sums = discounted_sums(reward, done, self._running, self.gamma)
-        self._running = sums[:, -1].masked_fill(done[:, -1], 0.0)
+        sums, self._running = carried_sums(reward, done, self._running, self.gamma)
         self.return_moments.update(sums, self._sum_over_processes)
         return reward / self.return_moments.std.to(reward.dtype)
 

@@ -33,7 +33,7 @@ from .learners import Factory, LearnerFamily, Params
 from .matching import check_begins
 from .moments import FrameScale, RunningMoments
 from .nature import LEVELS, make_encoder, scaled
-from .objectives import discounted_sums
+from .objectives import carried_sums
 from .optimizing import LinearAnneal, clipped_step, no_loss
 from .policies import action_distribution
 from .returns import Evaluation
@@ -289,10 +289,7 @@ class RolloutModule(L.LightningModule, ABC):
 
     def _collect_returns(self, reward: Tensor, done: Tensor) -> None:
         """Keep the returns of the episodes that ended in a rollout [N, T]."""
-        if self._returns_so_far is None or len(self._returns_so_far) != len(reward):
-            self._returns_so_far = reward.new_zeros(len(reward))
-        sums = discounted_sums(reward, done, self._returns_so_far, 1.0)
-        self._returns_so_far = sums[:, -1].masked_fill(done[:, -1], 0.0)
+        sums, self._returns_so_far = carried_sums(reward, done, self._returns_so_far, 1.0)
         self._episode_returns.extend(sums.T[done.T].tolist())  # in order of time: the latest of all environments stay
 
     def _update(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
