@@ -94,7 +94,7 @@ def main() -> None:
     )
     model = MetaPPO(
         data.spec,
-        args.pairs,
+        pairs=args.pairs,
         learners=args.learners,
         family="nature" if data.spec.frames else "paper",
         encoder_level=args.encoder_level,

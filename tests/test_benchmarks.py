@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,17 @@ def test_a_table_is_written_between_its_marks_and_nowhere_else(script, tmp_path)
     assert document.read_text() == (
         "before\n<!-- a: begin -->\n| new \\1 |\n<!-- a: end -->\n<!-- b: begin -->\nb\n<!-- b: end -->\n"
     )
+
+
+def test_speed_is_measured_of_simulator_collection_and_training(script, monkeypatch, capsys):
+    sizes = "--num_envs 8 --rollout_length 16 --iterations 4 --pairs 3 --learners 2 --epochs 1"
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "CartPole-v1", *sizes.split()])
+    script("throughput").main()
+    printed = capsys.readouterr().out
+    assert "8 environments × 16 steps, 1 epochs" in printed
+    bare, collection, training = (
+        int(re.search(rf"{name}.* ([\d,]+) steps/s", printed)[1].replace(",", ""))
+        for name in ("bare simulator", "collection", "training")
+    )
+    assert bare > training > 0
+    assert collection > training

@@ -248,13 +248,13 @@ def test_of_several_runs_of_a_stage_the_best_by_validation_goes_on(pipeline, tmp
     run = f"{SHORT} --data.env=CartPole-v1 --data.val_learners=20 --data.env_steps="
     nothing = "1024 --model.optimizer=torch.optim.Adam --model.optimizer.lr=1e-9"
     path = pipeline(
-        f"gait:\n- {run}{nothing}\n- {run}40_000 --data.num_envs=64\n- {run}{nothing}\n"
+        f"gait:\n- {run}{nothing}\n- {run}40_000 --data.num_envs=64\n"
         f"after: {run}512 --model.start=${{gait}}/distilled.safetensors\n"
     )
     options = [f"--{option}" for option in OPTIONS]
     runs = run_pipeline(path, tmp_path / "out", options)
-    seeds = [load(next((tmp_path / "out" / "gait" / k).rglob("last.safetensors"))).metadata["seed"] for k in "123"]
-    assert seeds == [3, 1003, 2003]
+    seeds = [load(next((tmp_path / "out" / "gait" / k).rglob("last.safetensors"))).metadata["seed"] for k in "12"]
+    assert seeds == [3, 1003]
     assert runs["gait"].is_relative_to(tmp_path / "out" / "gait" / "2")
     config = yaml.safe_load((runs["after"] / "config.yaml").read_text())
     assert config["model"]["init_args"]["start"] == str(runs["gait"] / "distilled.safetensors")
