@@ -186,6 +186,8 @@ def make_resumable(checkpoint: dict[str, Any]) -> None:
     Args:
         checkpoint: changed in place; its entry ``validated`` says whether the model was validated after its last update.
     """
+    # trainer.max_time is each start's own: with what earlier ones took on its clock no later one would get anywhere.
+    checkpoint.get("callbacks", {}).pop("Timer", None)
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if loop is None:
         return

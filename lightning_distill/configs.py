@@ -41,7 +41,7 @@ def check_numbers(section: str, init: Callable[..., None], values: Mapping[str, 
     for name, hint in get_type_hints(init).items():
         hints = hint, *get_args(hint)
         restricted = [each for each in hints if getattr(each, "__module__", None) == "jsonargparse.typing"]
-        if not restricted or (value := values.get(name)) is None:
+        if not restricted or name not in values or ((value := values[name]) is None and type(None) in hints):
             continue
         try:
             if isinstance(value, str):  # which the type would read, as it does on the command line

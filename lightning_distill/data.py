@@ -114,7 +114,8 @@ class CollectorDataModule(L.LightningDataModule):
         # A run may go on with other processes or environments: what is left counts in environment steps.
         module, processes = self.trainer.lightning_module, self.trainer.world_size
         made, taken = module.resumed
-        self._rollouts = Rollouts(self, self.iterations(processes, made, taken or module.first_steps * processes))
+        length = self.iterations(processes, made, taken or module.first_steps * processes)
+        self._rollouts = Rollouts(self, length, made)
         return self._rollouts
 
     def iterations(self, processes: int, made: int = 0, taken: int = 0) -> int:
@@ -173,11 +174,12 @@ class CollectorDataModule(L.LightningDataModule):
 class Rollouts:
     """An iterable of on-policy rollouts [N, T]: learners are drawn, then act, then the rollout is handed out.
 
-    It has a length, so that Lightning fetches no rollout ahead of the update before it.
+    It has a length, that of the whole run, so that Lightning fetches no rollout ahead of the update before it; those that were made before a run
+    goes on are not made again, so that a run which has finished makes none.
     """
 
-    def __init__(self, data: CollectorDataModule, length: int) -> None:
-        self.data, self.length = data, length
+    def __init__(self, data: CollectorDataModule, length: int, made: int = 0) -> None:
+        self.data, self.length, self.made = data, length, made
         self.collector: Any = None
 
     def __len__(self) -> int:
@@ -202,7 +204,7 @@ class Rollouts:
             threads = partial(simulator_threads, env)
         try:
             rollouts = iter(self.collector)
-            for _ in range(self.length):
+            for _ in range(self.length - self.made):
                 module.begin_rollout()
                 with torch.no_grad(), threads():
                     rollout = next(rollouts)

@@ -107,6 +107,11 @@ def family_named(name: str) -> LearnerFamily:
         return FAMILIES[name]
     if name in FRAME_FAMILIES:
         return FRAME_FAMILIES[name]()
+    if "{" in name:  # what the command line makes of a mapping that it cannot read
+        raise ConfigError(
+            f"family={name!r}: a mapping with something in it that is not understood; from a file, or typed one by one as "
+            "--held_out.families.NAME={class_path: ..., init_args: ...}, it is named"
+        )
     if not name.rpartition(".")[0]:
         raise ConfigError(
             f"family={name!r}: allowed are {', '.join((*FAMILIES, *FRAME_FAMILIES))}, and class paths (package.module.Name) of a "

@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 import tempfile
-import textwrap
 import warnings
 from argparse import SUPPRESS
 from importlib.resources import files
@@ -31,6 +30,7 @@ from .distillation import Distillation
 from .envs import ConfigError, EnvSpec
 from .imitation import Imitation
 from .loggers import MAKE_FOLDERS, gives_folders
+from .messages import UNION, in_a_line
 from .meta_ppo import MetaPPO
 from .ppo import PPO
 from .rollout_module import RolloutModule
@@ -64,45 +64,25 @@ class DistillParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the parser's own, but without the types it tried in vain: what the chosen model class says comes first."""
-        message = _about_what_is_missing(_about_the_model(message))
-        # What a parser within says comes wrapped in what the outermost one does.
-        super().error(_in_one_line(message) if self.exit_on_error else message, ex)
+        if self.exit_on_error:  # what a parser within says comes wrapped in what the outermost one does
+            message = in_a_line(_about_what_is_missing(_about_the_model(message)))
+        super().error(message, ex)
 
 
 def _about_the_model(message: str) -> str:
-    """A message about one of the model's options as that of any other option; other messages as they are."""
-    if 'Parser key "model":' not in message:
+    """Which models there are, where a message is about the choice of one; other messages as they are."""
+    path = re.search(r"Expected a dot import path string: (\S+)", message)
+    path = path or re.search(r"is abstract.*Given value: (\S+)", message, re.DOTALL)
+    if not message.startswith('Parser key "model":') or "Problem with given class_path" in message or not path:
         return message
-    name, found, problem = message.partition("Problem with given class_path ")[2].partition(":\n")
-    if not found:
-        allowed = f"{', '.join(model.__name__ for model in MODELS)}, or the class path of a subclass of one"
-        path = re.search(r"Expected a dot import path string: (\S+)", message)
-        path = path or re.search(r"is abstract.*Given value: (\S+)", message, re.DOTALL)
-        return f"model={path[1]}: allowed are {allowed}" if path else f"{message}\n  Allowed: {allowed}"
-    problem = textwrap.dedent(problem.split("\n    - Expected a <class 'NoneType'>")[0])
-    problem = re.sub(r"^Option '(\w+)' is not accepted", rf"Option 'model.\1' is not accepted by {name}", problem)
-    return re.sub(r'^Parser key "', 'Parser key "model.', problem)
+    allowed = f"{', '.join(model.__name__ for model in MODELS)}, or the class path of a subclass of one"
+    return f"model={path[1]}: allowed are {allowed}"
 
 
 def _about_what_is_missing(message: str) -> str:
-    """The option's name as it is typed; parsers within know nothing of the section that they are for, which is the model."""
-    found = re.fullmatch(r"the following arguments are required: (?:\w+\.)?(?:(\w+)\.)?(\w+)", message)
-    if not found or not (found[1] or any(found[2] in inspect.signature(model).parameters for model in MODELS)):
-        return message
-    return f"{found[1] or 'model'}.{found[2]}: not given, and needed"
-
-
-def _in_one_line(message: str) -> str:
-    """What is wrong with one option's value, without the types it is compared with; longer messages as they are."""
-    name, found, problem = message.removeprefix('Parser key "').partition('":\n')
-    if not found or not message.startswith("Parser key"):
-        return message
-    if "Union subtypes" in problem:
-        errors, _, value = problem.partition("Errors:\n    - ")[2].partition("\n  Given value type:")
-        reasons = [reason.strip() for reason in errors.split("\n    - ") if "<class 'NoneType'>" not in reason]
-        name, problem = f"{name}={value.partition('Given value: ')[2]}", "; ".join(reasons)
-    problem = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", problem.strip())
-    return message if "\n" in name + problem or not problem else f"{name}: {problem}"
+    """What the command itself needs, by its name as it is typed; other messages as they are."""
+    found = re.fullmatch(r"the following arguments are required: (?:\w+\.)?(\w+\.\w+)", message)
+    return message if found is None else f"{found[1]}: not given, and needed"
 
 
 class DistillCLI(LightningCLI):
@@ -240,19 +220,10 @@ class DistillCLI(LightningCLI):
             named = ", ".join(f"trainer.{name}={trainer.get(name)!r}" for name in ("accelerator", "devices"))
             raise ConfigError(f"{named}: {error}") from error
         except ValueError as error:
-            # What a class says of its own arguments comes wrapped in what the parser tried: the innermost says it plainly.
-            plain = error
-            while isinstance(plain.__cause__, ValueError) and not isinstance(plain, ConfigError):
-                plain = plain.__cause__
-            if plain is error:
+            # What a class says of its own arguments comes wrapped in what the parser tried.
+            if not str(error).startswith(UNION):
                 raise
-            # Of a list the innermost is that of a single one, which it was tried as first.
-            in_list = re.search(
-                r"Problem with given class_path '(\S+)':\n(.+?)(?=\n  - |\nGiven)", str(error), re.DOTALL
-            )
-            if str(plain).startswith("Not a valid subclass") and in_list:
-                plain = f"{in_list[1]}: {' '.join(in_list[2].split())}"
-            raise ConfigError(str(plain)) from error
+            raise ConfigError(in_a_line(str(error))) from error
         if self.subcommand == "fit":
             self.model.check(self.trainer, self.datamodule)  # before loggers begin
 

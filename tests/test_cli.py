@@ -505,6 +505,32 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--model=PPP"], ["error: model=PPP: allowed are MetaPPO, PPO, Imitation, or "]),
         (["--model.pairs=0"], ["error: model.pairs=0: Not of type PositiveInt: does not conform to restriction v>0\n"]),
         (["--data.env_kwargs=5"], ["error: data.env_kwargs=5: Expected a dict\n"]),
+        (
+            ["--model.family={class_path: Mixture, init_args: {families: [paper, relu], weights: [1]}}"],
+            ["error: Mixture.weights=[1.0]: allowed are 2 positive numbers, one a family\n"],
+        ),
+        (
+            [
+                "--held_out.families={a: {class_path: Mixture, init_args: {families: [{class_path: MLP, init_args: {width: -8}}]}}}"
+            ],
+            ["error: MLP.width=-8: allowed are integers ≥ 1\n"],
+        ),
+        (
+            ["--model.family=MLP", "--model.family.activation=rlu"],
+            ["error: model.family.activation: Expected a Literal['tanh'"],
+        ),
+        (
+            ["--held_out.families={a: {class_path: MLP, init_args: {wdth: 8}}}"],
+            ["wdth", "--held_out.families.NAME="],
+        ),
+        (
+            ["--held_out.families.a={class_path: MLP, init_args: {wdth: 8}}"],
+            ["error: Option 'held_out.families.wdth' is not accepted by lightning_distill.MLP\n"],
+        ),
+        (["--model.optimizer=Adm"], ["error: model.optimizer=Adm: neither a class path nor the name of a class"]),
+        (["--model.optimizer.lrr=1"], ["error: Option 'model.optimizer.lrr' is not accepted by torch.optim.Adam\n"]),
+        (["--trainer.callbacks=EarlyStopping"], ["error: trainer.callbacks.monitor: not given, and needed by "]),
+        (["--model.lifetime=null"], ["error: model.lifetime=None: ", "allowed is PositiveInt\n"]),
         (["--trainer.val_check_interval=9999"], ["error: trainer.val_check_interval=9999:"]),
         (["--config=missing.yaml"], ["missing.yaml"]),
         (["--trainer.default_root_dir=/proc/nowhere"], ["trainer.default_root_dir", "/proc/nowhere"]),

@@ -74,7 +74,7 @@ def env_steps(checkpoint):
 
 def logged(run, name):
     with (run / "metrics.csv").open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def logged_steps(run):
@@ -288,6 +288,30 @@ def test_a_validation_that_was_interrupted_is_made_up_for(here, monkeypatch, int
     # What was validated when it stopped is not validated again.
     fit("--data.env_steps=3200", "--trainer.val_check_interval=0.4", "--ckpt_path=last")
     assert seen == made_up_for
+
+
+def test_a_finished_run_that_is_typed_again_learns_no_further(here):
+    """The last iteration was not validated, nor is it to be."""
+    for more in ([], ["--ckpt_path=last"]):
+        fit("--data.env_steps=1920", "--trainer.val_check_interval=0.7", *more)
+    first, second = (here / "runs" / "CartPole-v1" / f"version_{index}" for index in range(2))
+    assert logged_steps(first) == [640.0, 1280.0, 1920.0]
+    assert not logged_steps(second)
+    for name in ("best", "last"):
+        ours, before = (run / "checkpoints" / f"{name}.ckpt" for run in (second, first))
+        assert env_steps(ours) == env_steps(before)
+    assert load(second / "distilled.safetensors").metadata["returns"]
+
+
+def test_a_limit_of_time_is_of_each_start(here):
+    limit = "--trainer.max_time=00:00:30:00"
+    fit("--data.env_steps=1_280", limit)
+    last = here / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"] = 30 * 60.0
+    torch.save(checkpoint, last)
+    fit("--data.env_steps=2_560", limit, "--ckpt_path=last")
+    assert logged_steps(here / "runs" / "CartPole-v1" / "version_1") == [1920.0, 2560.0]
 
 
 def test_a_longer_run_has_the_schedule_of_its_length(here):
