@@ -56,7 +56,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             found = super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
         except FileNotFoundError:
-            raise ConfigError(f"ckpt_path={str(path)!r}: no such file") from None
+            raise ConfigError(
+                f"ckpt_path={str(path)!r}: no such file; allowed are a checkpoint's path, and last for the newest one of this config"
+            ) from None
         except OSError as error:
             raise ConfigError(f"ckpt_path={str(path)!r}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # which ones a broken file can provoke is torch's business
@@ -251,7 +253,7 @@ def last_checkpoint(root: str | Path, config: Mapping[str, Any]) -> Path | None:
     """The newest ``last.ckpt`` below ``root`` of a run that was configured as this one; None if there is none.
 
     Args:
-        root: ``trainer.default_root_dir``.
+        root: below which runs are written.
         config: the present run's, of which ``seed_everything``, ``model`` and what trajectories are of must agree; a run may go on
             for longer, on other hardware, or with other loggers.
     """

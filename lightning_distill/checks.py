@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-def check_trainer(trainer: L.Trainer) -> None:
-    """Raise ``ConfigError`` for options of the Trainer that nothing here can be trained with."""
+def check_trainer(trainer: L.Trainer, validated: Collection[str]) -> None:
+    """Raise ``ConfigError`` for options of the Trainer that nothing here can be trained with.
+
+    Args:
+        trainer: its callbacks may choose checkpoints by what is logged.
+        validated: names of what a validation logs, all that begin with ``val/``.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        monitor = getattr(callback, "monitor", None) or ""
+        if monitor.startswith("val/") and monitor not in validated:
+            raise ConfigError(f"checkpoint.monitor={monitor!r}: a validation logs {', '.join(validated)}")
     if trainer.precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision={trainer.precision!r}: allowed are {', '.join(PRECISIONS)}")
     if trainer.max_steps != -1 and not trainer.fast_dev_run:  # which sets it itself
@@ -33,6 +43,16 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}: allowed is 1; one epoch is the whole run, "
             "trainer.val_check_interval says how often it is validated"
+        )
+    if trainer.overfit_batches or (trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run):
+        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+        raise ConfigError(
+            f"trainer.{name}={getattr(trainer, name)}: allowed is to leave it out; data.env_steps says how long a run is"
+        )
+    if trainer.val_check_interval == 0:
+        raise ConfigError(
+            "trainer.val_check_interval=0: allowed are shares of the run above 0, up to 1.0, and numbers of iterations; without validation: "
+            "trainer.limit_val_batches=0"
         )
     if trainer.max_epochs != 1:
         raise ConfigError(

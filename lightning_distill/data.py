@@ -82,6 +82,7 @@ class CollectorDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self._warn_of_units()
+            self._warn_of_length()
             device = self.trainer.strategy.root_device.type
             if self.collectors > 1 and device != "cpu":
                 raise ConfigError(
@@ -99,6 +100,19 @@ class CollectorDataModule(L.LightningDataModule):
                 spec.id,
                 list(spec.action_low),
                 list(spec.action_high),
+            )
+
+    def _warn_of_length(self) -> None:
+        processes = self.trainer.world_size
+        least = self.num_envs * self.rollout_length * processes
+        if self.env_steps < least and not self.trainer.fast_dev_run:
+            logger.warning(
+                "data.env_steps=%d: a run has at least one iteration, which is of %d steps (data.num_envs=%d × data.rollout_length=%d%s)",
+                self.env_steps,
+                least,
+                self.num_envs,
+                self.rollout_length,
+                f" × {processes} processes" if processes > 1 else "",
             )
 
     def check_learners(self, learners: int) -> None:

@@ -23,6 +23,9 @@ from .synthetic import SyntheticBatch
 from .teaching import seeded, with_encoder_level, with_plain_step
 from .versions import versions
 
+#: Options by which pairs are drawn.
+OF_PAIRS = ("observation_scale", "target_scale", "observation_gain")
+
 
 class Distillation(RolloutModule):
     """Distils into ``pairs`` (observation, target) rows; by which objective, a subclass says.
@@ -133,6 +136,13 @@ class Distillation(RolloutModule):
             batch.set_number(name, number)
         if not self.spec.frames:
             batch.log_gain.zero_()  # it is in the normaliser already
+
+    def idle_options(self) -> dict[str, str]:
+        used = self.synthetic_batch.numbers
+        idle = {name: f"model.step_rule={self.step_rule!r} has none" for name in self._numbers if name not in used}
+        if self.start is not None:
+            idle |= dict.fromkeys((*OF_PAIRS, *used), "model.start has its own")
+        return super().idle_options() | idle
 
     @property
     def synthetic_batch(self) -> SyntheticBatch:

@@ -88,6 +88,13 @@ class Imitation(Distillation):
     def make_actor(self, log_std: float, log_std_min: float) -> nn.Module:
         return super().make_actor(log_std, -math.inf)  # noise is the expert's or the start's, however small
 
+    def idle_options(self) -> dict[str, str]:
+        idle = dict.fromkeys(("log_std", "log_std_min"), "noise is the expert's")
+        idle |= dict.fromkeys(("observation_scale", "target_scale"), "pairs begin as the expert's states")
+        if self.spec.action_type == "discrete":
+            idle["expert_noise"] = "actions are discrete"
+        return idle | super().idle_options()
+
     def prepare_for_worker(self) -> None:
         super().prepare_for_worker()
         self._seen = None

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -29,11 +29,13 @@ from .data import CollectorDataModule
 from .distillation import Distillation
 from .envs import ConfigError, EnvSpec
 from .imitation import Imitation
-from .loggers import MAKE_FOLDERS, gives_folders
+from .loggers import MAKE_FOLDERS, gives_folders, runs_folder
 from .messages import UNION, in_a_line
 from .meta_ppo import MetaPPO
 from .ppo import PPO
 from .rollout_module import RolloutModule
+
+logger = logging.getLogger(__name__)
 
 #: Options of Lightning's Trainer that act in automatic optimisation only, and what acts here.
 NOT_OF_THE_TRAINER = {
@@ -48,7 +50,23 @@ ITERATIONS = ("iterations", "T_max", "total_iters", "total_steps")
 
 
 class DistillParser(LightningArgumentParser):
-    """Help and messages speak of the model's options as of all others, whichever class is trained."""
+    """Help and messages speak of the model's options as of all others, whichever class is trained. A config that is written down follows
+    ``trainer.default_root_dir`` and ``data.env``, as the one that it was made of, where another is given with it."""
+
+    def dump(self, namespace: Namespace, *args: Any, skip_validation: bool = False, **kwargs: Any) -> str:
+        if not skip_validation:
+            self.validate(namespace)
+        config = namespace.clone()
+        loggers = config.get("trainer.logger")
+        for number, logger in enumerate(loggers if isinstance(loggers, list) else []):
+            # Dots lead from init_args up to trainer, and beyond it: absolute paths are rewritten where parts of a config are parsed.
+            sources = {"save_dir": ("trainer.default_root_dir", "${....default_root_dir}")}
+            if number == 0:
+                sources["name"] = ("data.env", "${.....data.env}")
+            for option, (source, interpolation) in sources.items():
+                if (value := logger.get(f"init_args.{option}")) is not None and value == config.get(source):
+                    logger[f"init_args.{option}"] = interpolation
+        return super().dump(config, *args, skip_validation=True, **kwargs)
 
     def format_help(self) -> str:
         """The options, with those of the model that ``defaults.yaml`` names at the end."""
@@ -97,6 +115,8 @@ class DistillCLI(LightningCLI):
         given = [with_shipped_config(argument) for argument in (sys.argv[1:] if args is None else args)]
         if given and given[0] in self.subcommands():
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
+        #: Names of what was typed, not read from a file.
+        self._typed = {argument.removeprefix("--").partition("=")[0].replace("init_args.", "") for argument in given}
         self.config = parser.parse_args(given)
         chosen = self.config[self.config.subcommand]
         check_seed(chosen.seed_everything)
@@ -118,7 +138,7 @@ class DistillCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning takes the model's options from a checkpoint; a run that goes on may not have been given others.
 
-        A test or validation is of the checkpoint's model, whatever the config would train.
+        A test or validation is of the checkpoint's model, whatever the config would train; what is typed beside it may not differ.
         """
         given = self._model_options()
         super()._parse_ckpt_path()
@@ -128,18 +148,25 @@ class DistillCLI(LightningCLI):
                 f"ckpt_path: holds options that {chosen.model.class_path} does not take ({', '.join(sorted(unknown))}): of an earlier version; what it "
                 "has learned is in the dataset that was written beside it (--model.start=FILE)"
             )
-        if self.config.subcommand != "fit" or chosen.ckpt_path is None:
+        if chosen.ckpt_path is None:
             return
         for name in OF_SPEED:
             if (option := f"init_args.{name}") in given:
                 chosen.model[option] = given[option]
+        fits = self.config.subcommand == "fit"
         for option, saved in self._model_options().items():
-            if given.get(option) != saved:
-                name, value = f"model.{option}".replace("init_args.", "", 1), given.get(option)
-                raise ConfigError(
-                    f"{name}={value!r}: the run of ckpt_path has {saved!r}, and goes on with the options that it began with; to "
-                    "train what it has learned with others, begin with --model.start=FILE of its dataset"
-                )
+            name = f"model.{option}".replace("init_args.", "").removesuffix(".class_path")
+            # model.family.width is typed as itself, or as a part of model.family.
+            parts = name.split(".")
+            typed = not self._typed.isdisjoint({name, *(".".join(parts[:end]) for end in range(2, len(parts)))})
+            if given.get(option) == saved or not (fits or typed):
+                continue
+            why = (
+                "goes on with the options that it began with; to train what it has learned with others, begin with --model.start=FILE of its dataset"
+                if fits
+                else "is tested as it was trained; what its dataset teaches others, and by other rules, is told by lightning-distill evaluate"
+            )
+            raise ConfigError(f"{name}={given.get(option)!r}: the run of ckpt_path has {saved!r}, and {why}")
 
     def _model_options(self) -> dict[str, Any]:
         """The model's class and options by name, without what is linked to it."""
@@ -165,16 +192,16 @@ class DistillCLI(LightningCLI):
         # While the critic warms up, the actor's schedule goes on without it.
         warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\).* before .*optimizer.step\(\).*")
         trainer = self._get(self.config, "trainer")
-        root = trainer.get("default_root_dir") or os.getcwd()
+        option, root = runs_folder(trainer)
         try:
             os.makedirs(root, exist_ok=True)
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
-            raise ConfigError(f"trainer.default_root_dir={root!r}: not writable ({error.strerror})") from error
+            raise ConfigError(f"{option}={root!r}: not writable ({error.strerror})") from error
         holds_one = os.path.exists(os.path.join(root, "config.yaml"))
         if not gives_folders(trainer.get("logger")) and not trainer.get("fast_dev_run") and holds_one:
             raise ConfigError(
-                f"trainer.default_root_dir={root!r}: has a config.yaml already, and without a logger that makes them runs have no folders of "
+                f"{option}={root!r}: has a config.yaml already, and without a logger that makes them runs have no folders of "
                 "their own; allowed is a folder without one (--ckpt_path=FILE goes on from a run in another), or a first logger of "
                 f"{', '.join(MAKE_FOLDERS)}"
             )
@@ -201,7 +228,7 @@ class DistillCLI(LightningCLI):
     def _last_checkpoint(self, parser: LightningArgumentParser) -> str | None:
         """Of the newest run of this config. Lightning's own ``last`` looks into the run's folder, here always a new one."""
         command = self.config.subcommand
-        root = self.config[command].trainer.default_root_dir or os.getcwd()
+        _, root = runs_folder(self.config[command].trainer)
         found = last_checkpoint(root, yaml.safe_load(parser.dump(self.config))[command])
         message = f"ckpt_path='last': no last.ckpt of this config below {root!r}"
         if found is None and command != "fit":
@@ -234,6 +261,8 @@ class DistillCLI(LightningCLI):
         if not isinstance(self.model, Distillation):
             # Direct RL has no dataset to write down or to teach others with: its policy is in the checkpoints.
             parser.callback_keys = [key for key in parser.callback_keys if key not in ("held_out", "export")]
+            if families := self._get(self.config, "held_out").get("families"):
+                logger.warning("held_out.families=%s has no effect: direct RL teaches nobody else", families)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # of Lightning, of options that cannot be or do not go together

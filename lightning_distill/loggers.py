@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,25 @@ class RunFolder(CSVLogger):
 
 def gives_folders(logger: Any) -> bool:
     """Whether ``trainer.logger``, as a config has it, gives every run a folder of its own."""
+    first = _first(logger)
+    return first is True or (first is not False and first["class_path"].rpartition(".")[2] in MAKE_FOLDERS)
+
+
+def runs_folder(trainer: Mapping[str, Any]) -> tuple[str, str]:
+    """Below which folder runs are written: the option that says so, and what it says.
+
+    Args:
+        trainer: that section of a config.
+    """
+    first, root = _first(trainer.get("logger")), trainer.get("default_root_dir") or os.getcwd()
+    save_dir = None if isinstance(first, bool) else (first.get("init_args") or {}).get("save_dir")
+    if save_dir in (None, root):
+        return "trainer.default_root_dir", root
+    return "trainer.logger.save_dir", str(save_dir)
+
+
+def _first(logger: Any) -> Any:
+    """The first of the loggers that a config has; a default one is True, none False."""
     if isinstance(logger, list):
         logger = next(iter(logger), False)
-    if logger is None or isinstance(logger, bool):
-        return logger is not False
-    return logger["class_path"].rpartition(".")[2] in MAKE_FOLDERS
+    return True if logger is None else logger

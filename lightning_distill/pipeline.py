@@ -33,7 +33,7 @@ from .envs import ConfigError, EnvSpec, env_spec
 from .experts import Expert
 from .lightning_cli import CheckingCLI
 from .lightning_cli import run as run_lightning
-from .loggers import gives_folders
+from .loggers import gives_folders, runs_folder
 
 #: What a run that distils writes for others to begin with or to imitate, and what one of direct RL does.
 DATASETS = ("distilled.safetensors", "last.safetensors")
@@ -220,6 +220,11 @@ class Unwritten(Expert):
 def _check_checkpoints(trainer: dict[str, Any]) -> None:
     if trainer.get("enable_checkpointing") is False:
         raise ConfigError("trainer.enable_checkpointing=False: allowed is true, as runs go on from checkpoints")
+    option, folder = runs_folder(trainer)
+    if option != "trainer.default_root_dir" and not folder.startswith("${"):
+        raise ConfigError(
+            f"{option}={folder!r}: allowed is ${{trainer.default_root_dir}}, which each run is given as a folder of its own"
+        )
 
 
 def _best(name: str, runs: list[Path], output: Any) -> Path:

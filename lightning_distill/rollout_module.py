@@ -5,6 +5,8 @@ What is learned, one policy's weights or a synthetic batch, and by which loss, i
 
 from __future__ import annotations
 
+import inspect
+import logging
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -38,10 +40,14 @@ from .optimizing import LinearAnneal, clipped_step, no_loss
 from .policies import action_distribution
 from .returns import Evaluation
 
+logger = logging.getLogger(__name__)
+
 Normaliser = tuple[Tensor, Tensor]
 
 OBSERVATION_CLIP = 10.0
 EPISODES_LOGGED = 100
+#: Options of continuous actions alone.
+OF_NOISE = ("log_std", "log_std_min", "noise_rate", "final_noise", "noise_falls_from")
 #: Figures that are logged of minibatches by which the actor takes a step alone.
 OF_STEPS = ("loss/policy", "policy/entropy")
 
@@ -158,6 +164,8 @@ class RolloutModule(L.LightningModule, ABC):
 
     #: Whose returns an evaluation states.
     players: str
+    #: Names of what a validation logs; a subclass that logs more adds them.
+    validated: tuple[str, ...] = ("val/return", "val/return_worst", "val/return_ci95")
 
     @property
     @abstractmethod
@@ -418,17 +426,31 @@ class RolloutModule(L.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_trainer(self.trainer)
+            self._warn_of_idle_options()
+            check_trainer(self.trainer, self.validated)
             if not isinstance(self.trainer.datamodule, CollectorDataModule):
                 raise ConfigError("trainer.fit: rollouts come from a data module; allowed is a CollectorDataModule")
             self.check_rollouts(self.trainer.datamodule)
+
+    def idle_options(self) -> dict[str, str]:
+        """Options that nothing looks at in this run, and why; where one is given all the same, that is said."""
+        if self.spec.action_type == "discrete":
+            return dict.fromkeys(OF_NOISE, "actions are discrete")
+        return {} if self.start is None else {"log_std": "model.start has its own"}
+
+    def _warn_of_idle_options(self) -> None:
+        for name, why in self.idle_options().items():
+            of_classes = (inspect.signature(each.__init__).parameters.get(name) for each in type(self).__mro__)
+            default = next(parameter.default for parameter in of_classes if parameter is not None)
+            if (value := self.hparams.get(name, default)) != default:
+                logger.warning("model.%s=%r has no effect: %s", name, value, why)
 
     def check(self, trainer: L.Trainer, data: CollectorDataModule) -> None:
         """Raise ``ConfigError`` for anything with which this module cannot be trained, before ``trainer.fit`` begins anything.
 
         That looks itself, once the module is on its device; optimisers may be for that device alone.
         """
-        check_trainer(trainer)
+        check_trainer(trainer, self.validated)
         self.check_rollouts(data)
         check_family(self)
         if trainer.strategy.root_device.type == "cpu":

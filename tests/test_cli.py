@@ -344,8 +344,8 @@ def test_checkpoint_of_another_environment_is_refused(finished, capsys, monkeypa
     ("option", "message"),
     [
         ("--model.gamma=0.9", "model.gamma=0.9: the run of ckpt_path has 0.99"),
-        ("--model.optimizer.init_args.lr=0.5", "model.optimizer.init_args.lr=0.5"),
-        ("--model=PPO", "model.class_path='lightning_distill.PPO'"),
+        ("--model.optimizer.init_args.lr=0.5", "model.optimizer.lr=0.5"),
+        ("--model=PPO", "model='lightning_distill.PPO'"),
     ],
 )
 def test_other_options_than_the_checkpoints_are_refused(option, message, finished, capsys, monkeypatch, here):
@@ -356,13 +356,80 @@ def test_other_options_than_the_checkpoints_are_refused(option, message, finishe
     assert "--model.start=FILE" in found
 
 
-@pytest.mark.parametrize("logger", ["false", "WandbLogger"])
-def test_without_folders_one_run_does_not_take_the_place_of_another(logger, capsys, monkeypatch, here):
-    Path("config.yaml").touch()
-    options = ["--config", CONF / "cartpole_1d.yaml", f"--trainer.logger={logger}", "--trainer.default_root_dir=."]
-    found = refused(capsys, monkeypatch, "fit", *options)
-    assert "trainer.default_root_dir='.': has a config.yaml already" in found
-    assert not Path("wandb").exists()
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--model.family=relu",
+            "model.family='relu': the run of ckpt_path has 'paper', and is tested as it was trained",
+        ),
+        ("--model.step_rule=newton", "model.step_rule='newton': the run of ckpt_path has 'sgd'"),
+        ("--model=PPO", "model='lightning_distill.PPO': the run of ckpt_path has 'lightning_distill.MetaPPO'"),
+    ],
+)
+def test_what_is_tested_is_the_checkpoints(command, option, message, finished, capsys, monkeypatch, here):
+    last = finished[0] / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    config = ["--config", CONF / "cartpole_1d.yaml", *QUICK, f"--ckpt_path={last}"]
+    assert message in refused(capsys, monkeypatch, command, *config, option)
+
+
+def test_a_config_file_beside_a_tested_checkpoint_may_say_what_it_likes(finished, capsys, monkeypatch, here):
+    """As where the run was given more than its config file says."""
+    last = finished[0] / "runs" / "CartPole-v1" / "version_0" / "checkpoints" / "last.ckpt"
+    options = [
+        *QUICK,
+        f"--ckpt_path={last}",
+        "--model.family=paper",
+        "--model.compile=true",
+    ]  # its own, and one of speed
+    lightning("validate", "--config", CONF / "cartpole_1d_512.yaml", *options, monkeypatch=monkeypatch)
+    assert "val/return" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("logger", "folder"),
+    [
+        (["--trainer.logger=false", "--trainer.default_root_dir=mine"], "trainer.default_root_dir='mine'"),
+        (["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=mine"], "trainer.logger.save_dir='mine'"),
+    ],
+)
+def test_without_folders_one_run_does_not_take_the_place_of_another(logger, folder, capsys, monkeypatch, here):
+    Path("mine").mkdir()
+    Path("mine", "config.yaml").touch()
+    found = refused(capsys, monkeypatch, "fit", "--config", CONF / "cartpole_1d.yaml", *logger)
+    assert f"{folder}: has a config.yaml already" in found
+    assert not list(here.rglob("wandb"))
+
+
+def test_a_runs_config_writes_where_it_is_told_and_goes_on_there(finished, capsys, monkeypatch, here):
+    config = finished[0] / "runs" / "CartPole-v1" / "version_0" / "config.yaml"
+    elsewhere = [f"--config={config}", "--trainer.default_root_dir=elsewhere", "--held_out.families=[]"]
+    lightning("fit", *elsewhere, "--ckpt_path=last", monkeypatch=monkeypatch)
+    assert "starting from the beginning" in capsys.readouterr().out
+    lightning("fit", *elsewhere, "--ckpt_path=last", "--data.env_steps=9_600", monkeypatch=monkeypatch)
+    run = Path("elsewhere", "CartPole-v1", "version_0")
+    assert f"going on from {run}" in capsys.readouterr().out
+    assert not Path("runs").exists()
+    printed = printed_config(capsys, monkeypatch, "--config", run / "config.yaml", "--data.env=Acrobot-v1")
+    (here / "printed.yaml").write_text(yaml.safe_dump(printed))
+    lightning(
+        "fit",
+        "--config=printed.yaml",
+        *QUICK,
+        "--held_out.families=[]",
+        "--data.env_steps=1600",
+        monkeypatch=monkeypatch,
+    )
+    assert Path("elsewhere", "Acrobot-v1", "version_0", "config.yaml").is_file()
+
+
+def test_last_is_looked_for_where_the_first_logger_writes(capsys, monkeypatch, here):
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=mine", "--trainer.logger.name=named"]
+    options = ["--config", CONF / "cartpole_1d.yaml", *QUICK, "--held_out.families=[]", *logger]
+    lightning("fit", *options, "--data.env_steps=3200", monkeypatch=monkeypatch)
+    lightning("fit", *options, "--ckpt_path=last", monkeypatch=monkeypatch)
+    assert "going on from mine/named/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
 def test_direct_ppo_is_trained_validated_and_tested_by_the_same_commands(here, monkeypatch, capsys):
@@ -447,7 +514,7 @@ EXPERIMENTS = sorted(path for path in CONF.rglob("*.yaml") if path.parent.name n
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONF)))
-def test_every_shipped_config_runs(config, here, monkeypatch):
+def test_every_shipped_config_runs(config, here, monkeypatch, caplog):
     options = (
         ["--held_out.at_validation=0"]
         if "held_out" in yaml.safe_load(config.read_text())
@@ -469,6 +536,7 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         monkeypatch=monkeypatch,
     )
     assert not list(here.rglob("*.safetensors")), "a development run leaves nothing behind"
+    assert not [text for text in caplog.messages if "no effect" in text]
 
 
 @pytest.mark.parametrize(
@@ -531,6 +599,13 @@ def test_every_shipped_config_runs(config, here, monkeypatch):
         (["--model.optimizer.lrr=1"], ["error: Option 'model.optimizer.lrr' is not accepted by torch.optim.Adam\n"]),
         (["--trainer.callbacks=EarlyStopping"], ["error: trainer.callbacks.monitor: not given, and needed by "]),
         (["--model.lifetime=null"], ["error: model.lifetime=None: ", "allowed is PositiveInt\n"]),
+        (
+            ["--checkpoint.monitor=val/retrun"],
+            ["error: checkpoint.monitor='val/retrun': ", "val/return, val/return_worst"],
+        ),
+        (["--trainer.overfit_batches=1"], ["error: trainer.overfit_batches=1", "data.env_steps says how long"]),
+        (["--trainer.limit_train_batches=0"], ["error: trainer.limit_train_batches=0", "data.env_steps"]),
+        (["--trainer.val_check_interval=0"], ["error: trainer.val_check_interval=0: ", "trainer.limit_val_batches=0"]),
         (["--trainer.val_check_interval=9999"], ["error: trainer.val_check_interval=9999:"]),
         (["--config=missing.yaml"], ["missing.yaml"]),
         (["--trainer.default_root_dir=/proc/nowhere"], ["trainer.default_root_dir", "/proc/nowhere"]),
@@ -543,6 +618,39 @@ def test_bad_input_is_named_at_once(options, words, capsys, monkeypatch, here):
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "told"),
+    [
+        (
+            "cartpole_1d.yaml",
+            ["--model.log_std=1", "--model.newton_ridge=2", "--model.learning_rate=0.5", "--data.env_steps=100"],
+            {
+                "model.log_std=1.0 has no effect: actions are discrete",
+                "model.newton_ridge=2.0 has no effect: model.step_rule='sgd' has none",
+                "data.env_steps=100: a run has at least one iteration, which is of 1600 steps (data.num_envs=32 × data.rollout_length=50)",
+            },
+        ),
+        (
+            "cartpole_1d.yaml",
+            ["--model.start=cartpole_1d_plain", "--model.learning_rate=0.5", "--model.observation_gain=2"],
+            {
+                "model.learning_rate=0.5 has no effect: model.start has its own",
+                "model.observation_gain=2.0 has no effect: model.start has its own",
+            },
+        ),
+        (
+            "ppo/cartpole_1d.yaml",
+            ["--held_out.families=[relu]"],
+            {"held_out.families=['relu'] has no effect: direct RL teaches nobody else"},
+        ),
+    ],
+)
+def test_options_without_effect_are_told(config, options, told, monkeypatch, here, caplog):
+    options = [*QUICK, "--data.env_steps=1600", "--held_out.families=[]", "--trainer.limit_test_batches=0", *options]
+    lightning("fit", "--config", CONF / config, *options, monkeypatch=monkeypatch)
+    assert told == {text for text in caplog.messages if "no effect" in text or "at least one iteration" in text}
+
+
 def test_misspelt_key_in_a_config_file_is_named(capsys, monkeypatch, here):
     Path("typo.yaml").write_text("data: {env: CartPole-v1}\nmodel: {pears: 2}\n")
     assert "pears" in refused(capsys, monkeypatch, "fit", "--config=typo.yaml")
@@ -552,7 +660,9 @@ def test_interpolation_sees_what_the_command_line_says(capsys, monkeypatch, here
     Path("mine.yaml").write_text("data: {env: Ant-v5}\ntrainer: {default_root_dir: 'runs/${data.env}'}\n")
     printed = printed_config(capsys, monkeypatch, "--config=mine.yaml", "--data.env=Ant-v4")
     assert printed["trainer"]["default_root_dir"] == "runs/Ant-v4"
-    assert printed["trainer"]["logger"][0]["init_args"]["name"] == "Ant-v4"
+    assert printed["trainer"]["logger"][0]["init_args"]["name"] == "${.....data.env}", (
+        "to follow another environment, too"
+    )
 
 
 def test_help_needs_no_simulator():

@@ -376,9 +376,9 @@ def test_the_last_checkpoint_is_listed_though_the_first_was_the_best(here, capsy
 def test_a_figure_that_nobody_logs_is_named_and_the_run_goes_on_without_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        fit("--data.env_steps=1280", "--trainer.val_check_interval=0.5", "--checkpoint.monitor=val/retrun")
+        fit("--data.env_steps=1280", "--trainer.val_check_interval=0.5", "--checkpoint.monitor=my/retrun")
     assert ended.value.code == 2
-    assert "monitor='val/retrun'" in capsys.readouterr().err.splitlines()[-1]
+    assert "monitor='my/retrun'" in capsys.readouterr().err.splitlines()[-1]
     fit("--data.env_steps=1280", "--trainer.val_check_interval=0.5", "--ckpt_path=last")
     after = load(tmp_path / "runs" / "CartPole-v1" / "version_1" / "last.safetensors")
     assert after.metadata["env_steps"] == 1280
