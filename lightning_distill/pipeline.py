@@ -283,18 +283,61 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
                 f"{str(record)!r}: damaged; without it the run goes on from its last checkpoint"
             ) from None
     print(f"{name}: lightning fit {shlex.join(arguments)}", file=output, flush=True)
-    # Without a logger that numbers runs each start has a folder of its own.
-    starts = len(list(root.glob("start_*")))
-    place = root / f"start_{starts}" if not gives_folders(trainer.get("logger")) else root
-    command = [sys.executable, "-m", "lightning_distill.cli", "fit", *arguments, f"--trainer.default_root_dir={place}"]
-    if not (begun.is_file() and begun.read_text() == config):
-        write_atomically(begun, config.encode())
-    # What another config has learned is no beginning of this one.
-    since = begun.stat().st_mtime
-    if (last_checkpoint := _newest_checkpoint(root)) and last_checkpoint.stat().st_mtime > since:
-        command += [f"--ckpt_path={last_checkpoint}"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
-    # A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself. (Threads are told nothing.)
+    with _alone(root) as lock:
+        # Without a logger that numbers runs each start has a folder of its own.
+        starts = len(list(root.glob("start_*")))
+        place = root / f"start_{starts}" if not gives_folders(trainer.get("logger")) else root
+        fit = [sys.executable, "-m", "lightning_distill.cli", "fit"]
+        command = [*fit, *arguments, f"--trainer.default_root_dir={place}"]
+        if not (begun.is_file() and begun.read_text() == config):
+            write_atomically(begun, config.encode())
+        # What another config has learned is no beginning of this one.
+        since = begun.stat().st_mtime
+        if (last_checkpoint := _newest_checkpoint(root)) and last_checkpoint.stat().st_mtime > since:
+            command += [f"--ckpt_path={last_checkpoint}"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, pass_fds=lock)
+        failed, told = _waited_for(process)
+    if failed:
+        raise ConfigError(f"stage {name!r} ended with exit code {failed}; the same command goes on where it stopped")
+    if (last_checkpoint := _newest_checkpoint(root)) is None:
+        raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
+    run = last_checkpoint.parents[1]
+    write_atomically(record, json.dumps({"config": config, "folder": str(run)}).encode())
+    if told:  # but the run had finished: it is recorded, and no other begins
+        sys.exit(128 + told[0])
+    return run
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[tuple[int, ...]]:
+    """Nobody else runs anything below ``root`` in the meantime. Given to a run, the file descriptors hold the place for as long as that
+    lives, which may be longer than its parent.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{str(root)!r}: a run of this place is still going on, if its parent is gone as well; wait for it or end it, or give another "
+                "folder (--output)"
+            ) from None
+        except (ImportError, OSError):  # a system, or a file system, without such locks
+            yield ()
+        else:
+            yield (file.fileno(),)
+
+
+def _waited_for(process: subprocess.Popen) -> tuple[int, list[int]]:
+    """The exit code of a run, and the signals that came in the meantime.
+
+    A run that is told to end saves first: to be waited for. Ctrl-C reaches it by itself. (Threads are told nothing.)
+    """
     told: list[int] = []
 
     def tell(number: int, *_: Any) -> None:
@@ -306,19 +349,10 @@ def finished_run(name: str, arguments: list[str], root: Path, output: Any = None
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        failed = process.wait()
+        return process.wait(), told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if failed:
-        raise ConfigError(f"stage {name!r} ended with exit code {failed}; the same command goes on where it stopped")
-    if (last_checkpoint := _newest_checkpoint(root)) is None:
-        raise ConfigError(f"stage {name!r} wrote no checkpoint, with which others could go on")
-    run = last_checkpoint.parents[1]
-    write_atomically(record, json.dumps({"config": config, "folder": str(run)}).encode())
-    if told:  # but the run had finished: it is recorded, and no other begins
-        sys.exit(128 + told[0])
-    return run
 
 
 def _newest_checkpoint(root: Path) -> Path | None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .dataset import DistilledDataset, load
 from .envs import ConfigError
-from .pipeline import finished_run
+from .pipeline import config_of, finished_run
 from .returns import IN_DISTRIBUTION
 
 
@@ -55,6 +57,11 @@ def smallest(
         raise ConfigError(f"share={share}: allowed are numbers above 0, up to 1")
     if not Path(config).is_file():
         raise ConfigError(f"config={config!r}: no such file")
+    arguments = [f"--config={config}", *options, f"--model.pairs={numbers[0]}"]
+    if "model.pairs" in {option.removeprefix("--").partition("=")[0].replace("init_args.", "") for option in options}:
+        raise ConfigError("option model.pairs: allowed is --pairs, the numbers that are tried")
+    if yaml.safe_load(config_of(arguments))["trainer"].get("limit_test_batches") == 0:
+        raise ConfigError("trainer.limit_test_batches=0: allowed is to leave it out; what suffices is told by the test")
     trials: dict[int, Trial] = {}
 
     def run(number: int) -> Trial:

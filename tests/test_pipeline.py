@@ -7,7 +7,9 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +17,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_nothing_is_lost import logged_steps
+from test_nothing_is_lost import logged_steps, wait_for
 
 from lightning_distill.cli import main
 from lightning_distill.dataset import load
 from lightning_distill.envs import ConfigError
-from lightning_distill.pipeline import run_pipeline
+from lightning_distill.pipeline import finished_run, run_pipeline
 
 ROOT = Path(__file__).parents[1]
 SHORT = "--data.num_envs=8 --data.rollout_length=32 --data.val_learners=2 --data.test_learners=2 --trainer.val_check_interval=1.0"
@@ -241,6 +243,38 @@ def test_a_pipeline_that_is_told_to_end_begins_no_further_run(pipeline, tmp_path
     assert [path.parent.name for path in (tmp_path / "out").rglob("finished.json")] == ["expert"]
     assert not (tmp_path / "out" / "student").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_outlives_its_parent_is_not_run_beside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, does in (("lasts", "touch begun; sleep 100"), ("ends", "exit 3")):
+        Path(name).write_text(f"#!/bin/sh\n{does}\n")
+        Path(name).chmod(0o755)
+    run = ["--data.env=CartPole-v1", *SHORT.split()]
+    code = (
+        "import sys; from pathlib import Path; from lightning_distill import pipeline\n"
+        f"sys.executable = './lasts'; pipeline.finished_run('a', {run}, Path('out'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        wait_for(Path("begun").exists, parent)
+        parent.kill()
+        parent.wait()
+        monkeypatch.setattr(sys, "executable", "./ends")
+        with pytest.raises(ConfigError, match="'out': a run of this place is still going on"):
+            finished_run("a", run, Path("out"))
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while "still going on" in (said := _refusal(run)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert said.startswith("stage 'a' ended with exit code 3")
+
+
+def _refusal(run):
+    with pytest.raises(ConfigError) as refused:
+        finished_run("a", run, Path("out"))
+    return str(refused.value)
 
 
 def test_of_several_runs_of_a_stage_the_best_by_validation_goes_on(pipeline, tmp_path, capfd):

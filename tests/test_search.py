@@ -108,6 +108,21 @@ def test_a_config_that_is_not_there_is_named_before_anything_runs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.pairs=4", "option model.pairs: allowed is --pairs"),
+        ("--trainer.limit_test_batches=0", "trainer.limit_test_batches=0: allowed is to leave it out"),
+        ("--model=PPO", "Option 'model.pairs' is not accepted by lightning_distill.PPO"),
+        ("--model.pears=4", "Option 'model.pears' is not accepted"),
+    ],
+)
+def test_options_that_no_search_can_have_are_named_before_any_run(config, tmp_path, option, message):
+    with pytest.raises(ConfigError, match=message):
+        smallest(config, [2], 1.0, 0.9, tmp_path / "out", [option])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("pairs", "share"), [([], 0.9), ([0, 2], 0.9), ([2], 0.0), ([2], 1.5)])
 def test_arguments_out_of_range(config, tmp_path, pairs, share):
     with pytest.raises(ConfigError, match="allowed"):
