@@ -325,7 +325,7 @@ def load(name_or_path: str | os.PathLike[str]) -> DistilledDataset:
     path = shipped.get(str(name_or_path), Path(name_or_path))
     try:
         if not path.exists():
-            near = difflib.get_close_matches(str(name_or_path), shipped)
+            near = difflib.get_close_matches(str(name_or_path), shipped, cutoff=0.7)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lightning-distill list` shows what is"
             raise DatasetError(f"no such file, and not in the zoo; {hint}")
         if not path.is_file():

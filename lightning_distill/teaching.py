@@ -72,7 +72,7 @@ class Policy(nn.Module):
             clipped to its bounds.
 
         Raises:
-            ValueError: the observation has another shape.
+            ValueError: the observation has another shape, or holds a NaN. (An infinite one is clipped.)
         """
         mean = self.observation_mean
         if not isinstance(observation, Tensor):
@@ -81,6 +81,8 @@ class Policy(nn.Module):
             given = observation
         batch, single = self._as_batch(given.to(mean.device, mean.dtype))
         output = self.output(batch)
+        if output.isnan().any():  # the largest of such logits would be an action like any other
+            raise ValueError("observation: holds NaN, allowed are numbers")
         action = self._sampled(output, generator) if sample else self._greedy(output)
         action = action.squeeze(len(self.leading)) if single else action
         # [()] makes a scalar of an array without dimensions, as environments expect.

@@ -289,6 +289,7 @@ def test_no_file_that_is_none_is_read(tmp_path):
     assert_refused(path, "no such file, and not in the zoo")
     assert_refused("no_such_name", "no such file, and not in the zoo")
     assert_refused("cartpole_1e", "did you mean cartpole_1d")
+    assert_refused("nope", "`lightning-distill list` shows what is")  # not hopper
     torch.save({"state_dict": {}}, path)
     assert_refused(path, "a checkpoint[?] A run's dataset is its distilled.safetensors")
     assert_refused("x" * 5000, "name too long")

@@ -109,6 +109,7 @@ def test_poses_are_read_from_observations(env):
 def test_environments_without_a_pose_in_their_observations():
     assert render_poses("Pusher-v5", {}, np.zeros((1, 23))) is None
     assert render_poses("Pendulum-v1", {}, np.zeros((1, 3))) is None
+    assert render_poses("torchrl.envs.GymEnv", {"env_name": "Hopper-v5"}, np.zeros((1, 11))) is None
 
 
 def test_bodies_are_drawn_in_their_poses():

@@ -679,6 +679,23 @@ def test_far_observations_are_clipped():
     torch.testing.assert_close(policy(far), policy(at_the_bound))
 
 
+@pytest.mark.parametrize("env", ["HalfCheetah-v5", "CartPole-v1"])
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_observation_that_is_no_number_is_not_acted_on(env, sample):
+    dataset = make_dataset(env)
+    entries, outputs = dataset.observation_shape[0], dataset.outputs
+    for policy, leading in (
+        (teach(nn.Linear(entries, outputs), dataset), ()),
+        (teach_many([nn.Linear(entries, outputs) for _ in range(2)], dataset), (2,)),
+    ):
+        observation = torch.zeros(*leading, entries)
+        observation[..., -1] = torch.inf
+        policy(observation, sample=sample)
+        observation[..., -1] = torch.nan
+        with pytest.raises(ValueError, match="observation: holds NaN"):
+            policy(observation, sample=sample)
+
+
 def test_sampling_follows_the_distribution_and_the_generator():
     continuous = make_dataset()
     policy, many = teach(nn.Linear(17, 6), continuous), torch.ones(20_000, 17)

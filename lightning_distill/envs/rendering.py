@@ -175,8 +175,10 @@ def render_poses(env: str, kwargs: dict[str, Any], observations: np.ndarray, siz
     Raises:
         ConfigError: the environment cannot be made, or cannot be drawn on this machine.
     """
-    from . import _gymnasium_env
+    from . import _gymnasium_env, _torchrl_class
 
+    if _torchrl_class(env) is not None:
+        return None
     made = _gymnasium_env(env, kwargs)
     try:
         if not hasattr(made.unwrapped, "model") or not hasattr(made.unwrapped, "set_state"):
