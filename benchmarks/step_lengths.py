@@ -59,7 +59,9 @@ def main() -> None:
     torch.manual_seed(1)
     dataset = load(args.dataset)
     if dataset.log_std is None:
-        parser.error(f"dataset={args.dataset}: has {dataset.action_type} actions; allowed are datasets with continuous ones")
+        parser.error(
+            f"dataset={args.dataset}: has {dataset.action_type} actions; allowed are datasets with continuous ones"
+        )
     expert = TaughtLearners(args.dataset, env_spec(dataset.env, dataset.env_kwargs))
     seen = states(dataset, expert)
     wanted = expert.output(seen)

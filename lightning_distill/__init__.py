@@ -22,6 +22,8 @@ from .teaching import Policy, StackedPolicy, teach, teach_many
 if TYPE_CHECKING:
     from .data import CollectorDataModule
     from .evaluation import evaluate, evaluate_all
+    from .experts import Expert
+    from .imitation import Imitation
     from .meta_ppo import MetaPPO
     from .ppo import PPO
     from .returns import Evaluation
@@ -35,6 +37,8 @@ __all__ = [
     "DistilledDataset",
     "EnvSpec",
     "Evaluation",
+    "Expert",
+    "Imitation",
     "LearnerFamily",
     "MetaPPO",
     "Mixture",
@@ -60,6 +64,8 @@ _LAZY = {
     "Evaluation": "returns",
     "evaluate": "evaluation",
     "evaluate_all": "evaluation",
+    "Expert": "experts",
+    "Imitation": "imitation",
     "MetaPPO": "meta_ppo",
     "PPO": "ppo",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,14 @@ TRAINING = {
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning`` and ``lightning-distill``."""
+    try:
+        _main(args)
+    except KeyboardInterrupt:  # before there was anything to save; a training saves, and says so itself
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main(args: list[str] | None) -> None:
     given = sys.argv[1:] if args is None else args
     if not given or given[0] in ("-h", "--help"):
         print(usage())

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from .dataset import DistilledDataset, as_dataset
 from .envs import Backend, ConfigError, EnvSpec, make_env, simulator_threads, stream_seed
 from .envs.variations import Variation, make_varied_env
-from .families import as_family
+from .families import as_families
 from .learners import LearnerFamily
 from .matching import check_matches, check_taught, own_family, played_in, trained_family
 from .returns import IN_DISTRIBUTION, RANDOM, SHUFFLED, UNTAUGHT, Evaluation, Kind, reported_rules, row_name
@@ -89,8 +90,8 @@ class Evaluator:
         variation: Variation | None = None,
     ) -> None:
         for name, value in (("learners", learners), ("episodes", episodes)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: allowed are integers ≥ 1")
+            if not isinstance(value, Integral) or value < 1:
+                raise ConfigError(f"{name}={value!r}: allowed are integers ≥ 1")
         if variation and backend not in ("auto", "gymnasium"):
             raise ConfigError(f"backend={backend!r} with a variation: allowed are auto, gymnasium")
         if variation:
@@ -269,7 +270,7 @@ def evaluate(
 
 def evaluate_all(
     dataset: DistilledDataset | str | os.PathLike[str],
-    families: Mapping[str, LearnerFamily | Callable[..., nn.Module] | str] | None = None,
+    families: Mapping[str, LearnerFamily | Callable[..., nn.Module] | str] | Iterable[str] | None = None,
     *,
     controls: bool = True,
     kinds: Sequence[Kind] = ("sampled", "greedy"),
@@ -288,7 +289,7 @@ def evaluate_all(
 
     Args:
         dataset: from :func:`lightning_distill.load`, or what that is given.
-        families: name → family; the first is the one controls are drawn from. Default: the one that the dataset was
+        families: name → family, or names of families; the first is the one controls are drawn from. Default: the one that the dataset was
             distilled with, as ``in-distribution``.
         controls: add rows of learners that were not taught, of learners taught on shuffled targets (two pairs or
             more), and of actions drawn at random (sampled ones): the same learners on the same start states.
@@ -299,9 +300,7 @@ def evaluate_all(
     """
     dataset = as_dataset(dataset)
     spec = played_in(dataset, env, env_kwargs)
-    families = {
-        name: as_family(family) for name, family in (families or {IN_DISTRIBUTION: trained_family(dataset)}).items()
-    }
+    families = as_families(families or {IN_DISTRIBUTION: trained_family(dataset)})
     step_rules = reported_rules(dataset) if step_rules is None else step_rules
     if controls and (taken := {UNTAUGHT, SHUFFLED, RANDOM} & set(families)):
         raise ConfigError(f"family: {', '.join(taken)}: the name of a control; allowed is any other")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -129,6 +129,14 @@ def family_named(name: str) -> LearnerFamily:
         return as_family(found)
     except Exception as error:  # a class of families may need arguments
         raise ConfigError(f"family={name!r}: {error}") from error
+
+
+def as_families(
+    families: Mapping[str, LearnerFamily | Callable[..., Any] | str] | Iterable[str],
+) -> dict[str, LearnerFamily]:
+    """Families by name, given as such or by names that :func:`family_named` knows."""
+    named = families if isinstance(families, Mapping) else {name: name for name in families}
+    return {name: as_family(family) for name, family in named.items()}
 
 
 def as_family(family: LearnerFamily | Callable[..., Any] | str) -> LearnerFamily:

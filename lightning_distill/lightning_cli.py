@@ -159,7 +159,7 @@ class DistillCLI(LightningCLI):
             # model.family.width is typed as itself, or as a part of model.family.
             parts = name.split(".")
             typed = not self._typed.isdisjoint({name, *(".".join(parts[:end]) for end in range(2, len(parts)))})
-            if given.get(option) == saved or not (fits or typed):
+            if _same(given.get(option), saved) or not (fits or typed):
                 continue
             why = (
                 "goes on with the options that it began with; to train what it has learned with others, begin with --model.start=FILE of its dataset"
@@ -279,6 +279,19 @@ class DistillCLI(LightningCLI):
         # Not a checkpoint callback of the user's, which would come first: it may have kept another moment.
         best = next((own.best_model_path for own in trainer.checkpoint_callbacks if isinstance(own, RunCheckpoint)), "")
         trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
+
+
+def _same(given: Any, saved: Any) -> bool:
+    """Whether two values of an option are the same; a class may be named by another path."""
+    paths = [value for value in (given, saved) if isinstance(value, str) and "." in value]
+    return given == saved or (len(paths) == 2 and all(map(_is_class, paths)) and imported(given) is imported(saved))
+
+
+def _is_class(path: str) -> bool:
+    try:
+        return isinstance(imported(path), type)
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:

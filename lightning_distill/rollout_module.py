@@ -113,6 +113,13 @@ class RolloutModule(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         check_numbers("model", RolloutModule.__init__, locals())
+        if not isinstance(spec, EnvSpec | dict):
+            raise ConfigError(f"model.spec={spec!r}: allowed is a data module's spec")
+        if start is not None and not isinstance(start, str):
+            # A checkpoint keeps it, and holds plain values alone.
+            raise ConfigError(
+                f"model.start: is a {type(start).__name__}; allowed is a name in the zoo or a path, as text (DistilledDataset.save writes a file)"
+            )
         if not 0 < final_noise <= 1:
             raise ConfigError(f"model.final_noise={final_noise}: allowed are numbers above 0, up to 1")
         if not 0 <= noise_falls_from < 1:

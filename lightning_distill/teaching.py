@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -255,8 +256,8 @@ def teach_many(
         family = as_family(family)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(family, LearnerFamily):
-            if learners is None or learners < 1:
-                raise ValueError(f"learners={learners}: how many to draw of the family, an integer ≥ 1")
+            if not isinstance(learners, Integral) or learners < 1:
+                raise ValueError(f"learners={learners!r}: how many to draw of the family, an integer ≥ 1")
             params = family.draw(learners, dataset.learner_shape, dataset.outputs, device)
             stack: Learners = family
         else:

@@ -369,6 +369,7 @@ def test_impossible_variations_are_refused(arguments, match):
         ({"variation": Variation(gravity=2.0)}, r"variation gravity=2: env='Signs-v0' is not simulated by MuJoCo"),
         ({"variation": Variation(sticky_actions=0.1), "backend": "envpool"}, r"backend='envpool' with a variation"),
         ({"learners": 0}, r"learners=0: allowed are integers ≥ 1"),
+        ({"learners": 2.5}, r"learners=2\.5: allowed are integers ≥ 1"),
         ({"episodes": 0}, r"episodes=0"),
         (
             {"env": "CartPole-v1"},

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import lightning as L
 import probes  # noqa: F401  registers the probe environments
 import pytest
@@ -421,6 +423,15 @@ def test_what_cannot_be_learned_from_is_named():
     for option in ("max_steps", "max_epochs", "check_val_every_n_epoch"):
         with pytest.raises(ConfigError, match=rf"trainer\.{option}=5"):
             trainer(**{option: 5}).fit(MetaPPO(data.spec, learners=4), data)
+    for spec, options, message in (
+        ("CartPole-v1", {}, r"model\.spec='CartPole-v1': allowed is a data module's spec"),
+        (data.spec, {"start": Path("batch.safetensors")}, r"model\.start: is a PosixPath; allowed is .* as text"),
+        (data.spec, {"lifetime": None}, r"model\.lifetime=None: .*allowed is PositiveInt"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            MetaPPO(spec, **options)
+    with pytest.raises(ConfigError, match=r"data\.env=None: allowed are"):
+        CollectorDataModule(None)
     with pytest.raises(ConfigError, match=r"model\.observation_gain=0\.5: frames"):
         MetaPPO(env_spec("ALE/Pong-v5"), family="nature", observation_gain=0.5)
 

@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from ..distillation import Distillation
 from ..envs import ConfigError
-from ..families import as_family, families_apart, held_out_from
+from ..families import as_families, families_apart, held_out_from
 from ..learners import Factory, LearnerFamily
 from ..matching import check_taught
 from ..returns import IN_DISTRIBUTION, ROWS, reported_rules, row_name
@@ -75,10 +75,10 @@ class HeldOutLearners(L.Callback):
 
 
 def _named(families: Iterable[str] | dict[str, str | LearnerFamily | Factory]) -> dict[str, LearnerFamily]:
-    named = families if isinstance(families, dict) else {name: name for name in families}
+    named = as_families(families)
     for name in named:
         if name in ROWS:
             raise ConfigError(
                 f"held_out.families: {name!r} is the name of another row of the tables; allowed is any other name"
             )
-    return {name: as_family(family) for name, family in named.items()}
+    return named

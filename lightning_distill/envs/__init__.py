@@ -168,6 +168,10 @@ def env_spec(env: str, kwargs: dict[str, Any] | None = None) -> EnvSpec:
     """
     from .cartpole import DIMENSIONS
 
+    if not isinstance(env, str):
+        raise ConfigError(
+            f"data.env={env!r}: allowed are an installed Gymnasium id, and the class path of a TorchRL environment"
+        )
     kwargs = dict(kwargs or {})
     if env in DIMENSIONS and not kwargs:
         n = DIMENSIONS[env]
