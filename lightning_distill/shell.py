@@ -20,6 +20,7 @@ from . import dataset as datasets
 from .configs import with_shipped_config
 from .dataset import DistilledDataset, load
 from .envs import Backend, ConfigError
+from .messages import in_a_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -357,7 +358,7 @@ def run(name: str, args: list[str]) -> None:
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ArgumentError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).removeprefix("data.").split()), file=sys.stderr)
+        print("error:", in_a_line(str(error)).removeprefix("data."), file=sys.stderr)
         sys.exit(2)
 
 

@@ -158,7 +158,7 @@ def test_family_names():
     [
         (["evaluate", "nothing"], ["nothing", "not in the zoo"]),
         (["evaluate", "tiny.safetensors", "--learners", "0"], ["learners=0", "≥ 1"]),
-        (["evaluate", "tiny.safetensors", "--learners", "many"], ["learners", "many", "int"]),
+        (["evaluate", "tiny.safetensors", "--learners", "many"], ["error: learners: Expected a int. Got value: many"]),
         (["evaluate", "tiny.safetensors", "--family", "huge"], ["family='huge'", "width_256", "class path"]),
         (["evaluate", "tiny.safetensors", "--env", "Nope-v1"], ["env='Nope-v1'", "Allowed"]),
         (["evaluate", "tiny.safetensors", "--env", "CartPole2D-v0"], ["(4,)", "needs (8,)"]),
