@@ -23,9 +23,9 @@ def with_shipped_config(argument: str) -> str:
 
 
 def check_seed(seed: int | bool | None) -> None:
-    """Raise ``ConfigError`` for a seed that numpy does not take. (True is any seed, None and False none.)"""
-    if type(seed) is int and not 0 <= seed < 2**32:
-        raise ConfigError(f"seed_everything={seed}: allowed are integers from 0, below 2**32")
+    """Raise ``ConfigError`` for a seed that numpy does not take, and for True, which Lightning takes for 0."""
+    if seed is True or (type(seed) is int and not 0 <= seed < 2**32):
+        raise ConfigError(f"seed_everything={seed}: allowed are integers from 0, below 2**32, and false for none")
 
 
 def check_numbers(section: str, init: Callable[..., None], values: Mapping[str, Any]) -> None:

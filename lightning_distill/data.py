@@ -82,7 +82,6 @@ class CollectorDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self._warn_of_units()
-            self._warn_of_length()
             device = self.trainer.strategy.root_device.type
             if self.collectors > 1 and device != "cpu":
                 raise ConfigError(
@@ -125,6 +124,7 @@ class CollectorDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> Rollouts:
+        self._warn_of_length()
         # A run may go on with other processes or environments: what is left counts in environment steps.
         module, processes = self.trainer.lightning_module, self.trainer.world_size
         made, taken = module.resumed

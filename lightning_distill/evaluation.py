@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .families import as_families
 from .learners import LearnerFamily
 from .matching import check_matches, check_taught, own_family, played_in, trained_family
 from .returns import IN_DISTRIBUTION, RANDOM, SHUFFLED, UNTAUGHT, Evaluation, Kind, reported_rules, row_name
+from .step_rules import STEP_RULES
 from .teaching import StackedPolicy, seeded, teach_many, with_line_search
 
 if TYPE_CHECKING:
@@ -302,6 +303,10 @@ def evaluate_all(
     spec = played_in(dataset, env, env_kwargs)
     families = as_families(families or {IN_DISTRIBUTION: trained_family(dataset)})
     step_rules = reported_rules(dataset) if step_rules is None else step_rules
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(get_args(Kind)):
+        raise ConfigError(f"kinds={kinds!r}: allowed are lists of one or more of {', '.join(get_args(Kind))}")
+    if isinstance(step_rules, str) or not step_rules:
+        raise ConfigError(f"step_rules={step_rules!r}: allowed are lists of one or more of {', '.join(STEP_RULES)}")
     if controls and (taken := {UNTAUGHT, SHUFFLED, RANDOM} & set(families)):
         raise ConfigError(f"family: {', '.join(taken)}: the name of a control; allowed is any other")
     if "line_search" in step_rules and dataset.line_search_scale is None:

@@ -125,7 +125,7 @@ class OwnPolicy(Expert):
     """
 
     def __init__(self, given: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> None:
-        name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
+        self.name = name = f"model.expert={given if isinstance(given, str) else class_path(given)!r}"
         try:
             if isinstance(given, str):
                 given = imported(given)
@@ -158,7 +158,12 @@ class OwnPolicy(Expert):
 
     @torch.no_grad()
     def output(self, observations: Tensor) -> Tensor:
-        return self.policy.output(observations).to(observations)
+        output = self.policy.output(observations).to(observations)
+        if output.isnan().any():
+            raise ConfigError(
+                f"{self.name}: its output holds NaN for observations that it came to; allowed are numbers"
+            )
+        return output
 
 
 def expert_from(expert: str | Expert | Callable[[EnvSpec], Expert], spec: EnvSpec) -> Expert:

@@ -465,6 +465,11 @@ class RolloutModule(L.LightningModule, ABC):
 
     def check_rollouts(self, data: CollectorDataModule) -> None:
         """Raise ``ConfigError`` for rollouts that this module cannot learn from."""
+        if (data.spec.id, data.spec.kwargs) != (self.spec.id, self.spec.kwargs):
+            raise ConfigError(
+                f"data.env={data.spec.id!r}, with data.env_kwargs={data.spec.kwargs}: the module was made for {self.spec.id!r}, with "
+                f"{self.spec.kwargs}; allowed is the same (spec=data.spec)"
+            )
         data.check_learners(self.learners)
         samples = data.num_envs * data.rollout_length // self.learners
         if samples < self.minibatches:

@@ -66,6 +66,10 @@ def record(
     check_matches(dataset, spec)
     if path is not None and path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         path = path.with_suffix(".gif")
+        if path.exists():  # not what was to be replaced
+            raise ConfigError(
+                f"output: MP4 needs imageio-ffmpeg (pip install imageio-ffmpeg), and {str(path)!r} is there already"
+            )
         logger.warning("MP4 needs imageio-ffmpeg (pip install imageio-ffmpeg): writing %s instead", path)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

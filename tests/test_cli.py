@@ -555,6 +555,7 @@ def test_every_shipped_config_runs(config, here, monkeypatch, caplog):
         ),
         (["--model.family=test_cli.frozen"], ["model.family", "no trainable parameter"]),
         (["--seed_everything=-3"], ["seed_everything=-3", "from 0"]),
+        (["--seed_everything=true"], ["seed_everything=True", "false for none"]),
         (["--trainer.devices=0"], ["trainer.devices='0'"]),
         (["--trainer.strategy=fsdp", "--trainer.accelerator=cpu"], ["error: trainer: ", "fsdp"]),
         (["--data.env=Pong-v5"], ["did you mean", "ALE/Pong-v5"]),

@@ -371,6 +371,8 @@ def test_impossible_variations_are_refused(arguments, match):
         ({"learners": 0}, r"learners=0: allowed are integers ≥ 1"),
         ({"learners": 2.5}, r"learners=2\.5: allowed are integers ≥ 1"),
         ({"episodes": 0}, r"episodes=0"),
+        ({"threads": -1}, r"threads=-1: allowed are integers ≥ 1"),
+        ({"threads": 0}, r"threads=0: allowed are integers ≥ 1"),
         (
             {"env": "CartPole-v1"},
             r"the dataset \(for Signs-v0\) has observations \(1,\).*env='CartPole-v1' needs \(4,\)",
@@ -381,6 +383,24 @@ def test_impossible_variations_are_refused(arguments, match):
 def test_what_cannot_be_evaluated(options, match):
     with pytest.raises(ConfigError, match=match):
         evaluate(signs_dataset(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kinds": ("greed",)}, r"kinds=\('greed',\): allowed are lists of one or more of sampled, greedy"),
+        ({"kinds": "sampled"}, r"kinds='sampled'"),
+        ({"step_rules": []}, r"step_rules=\[\]: allowed are lists of one or more of sgd, line_search"),
+        ({"step_rules": "sgd"}, r"step_rules='sgd'"),
+    ],
+)
+def test_what_no_table_can_hold(options, match):
+    with pytest.raises(ConfigError, match=match):
+        evaluate_all(signs_dataset(), learners=2, **options)
+
+
+def test_families_of_a_table_may_be_given_by_name():
+    assert list(evaluate_all(signs_dataset(), ["relu"], controls=False, kinds=["greedy"], learners=2)) == ["relu"]
 
 
 def test_the_trained_family_is_built_from_words_alone():

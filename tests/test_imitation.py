@@ -244,6 +244,18 @@ class Balance(Expert):
         return torch.stack([-push, push], -1)
 
 
+class Undefined(Balance):
+    """Everywhere but at the origin."""
+
+    def output(self, observations):
+        return super().output(observations).where(observations.eq(0).all(-1, keepdim=True), torch.nan)
+
+
+def test_a_policy_of_ones_own_that_returns_no_numbers_is_named():
+    with pytest.raises(ConfigError, match=r"Undefined.*its output holds NaN for observations that it came to"):
+        other_learners(1, expert=Undefined(None))
+
+
 @pytest.mark.parametrize("expert", ["test_imitation.Balance", Balance(None)])
 def test_learners_do_what_a_policy_of_ones_own_does(expert, tmp_path):
     module = other_learners(25, expert=expert)

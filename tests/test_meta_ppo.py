@@ -430,6 +430,8 @@ def test_what_cannot_be_learned_from_is_named():
     ):
         with pytest.raises(ConfigError, match=message):
             MetaPPO(spec, **options)
+    with pytest.raises(ConfigError, match=r"data\.env='CartPole-v1'.*the module was made for 'CartPole-v0'"):
+        trainer().fit(MetaPPO(env_spec("CartPole-v0"), learners=4), data)
     with pytest.raises(ConfigError, match=r"data\.env=None: allowed are"):
         CollectorDataModule(None)
     with pytest.raises(ConfigError, match=r"model\.observation_gain=0\.5: frames"):

@@ -244,6 +244,8 @@ def test_watch_writes_a_gif_where_mp4_cannot_be_written(path, capsys, monkeypatc
     main(["watch", path, "-o", "video.mp4", "--steps", "2"])
     assert capsys.readouterr().out.startswith("video.gif: 2 steps")
     assert "pip install imageio-ffmpeg" in caplog.text
+    line = fails(capsys, "watch", path, "-o", "video.mp4", "--steps", "1")
+    assert "'video.gif' is there already" in line, "which nobody named"
     with Image.open("video.gif") as video:
         assert video.size == (608, 176)
 

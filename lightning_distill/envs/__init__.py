@@ -321,6 +321,8 @@ def make_env(
 
     if backend not in get_args(Backend):
         raise ConfigError(f"backend={backend!r}: allowed are {', '.join(get_args(Backend))}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigError(f"threads={threads!r}: allowed are integers ≥ 1")
     threads = threads or usable_cores()
     limits = [max_episode_steps, spec.time_limit if training else None]
     limit = min(filter(None, limits), default=None)
