@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -103,8 +104,11 @@ class MLP(LearnerFamily):
         norm: Literal["none", "layer"] = "none",
     ) -> None:
         for name, value, least in (("width", width, 1), ("depth", depth, 0)):
-            if value < least:
-                raise ValueError(f"MLP.{name}={value}: allowed are integers ≥ {least}")
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"MLP.{name}={value!r}: allowed are integers ≥ {least}")
+        for name, value in (("gain", gain), ("output_gain", output_gain)):
+            if not math.isfinite(value):
+                raise ValueError(f"MLP.{name}={value}: allowed are finite numbers")
         if activation not in ACTIVATIONS:
             raise ValueError(f"MLP.activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
         if init not in self.INITIALISERS:

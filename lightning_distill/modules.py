@@ -61,6 +61,8 @@ def stack_parameters(modules: Sequence[nn.Module]) -> Params:
         ValueError: they differ in name or shape, or have parameters without one.
     """
     for module in modules:
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"module: is a {type(module).__name__}, expected an nn.Module")
         for name, value in module.named_parameters():
             if is_lazy(value):
                 raise ValueError(

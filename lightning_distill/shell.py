@@ -124,7 +124,7 @@ def show(dataset: str, output: str | None = None, json: bool = False) -> None:
     """
     pairs = load(dataset)
     if output is not None:
-        suffix = Path(output).suffix
+        suffix = Path(output).suffix.lower()
         if suffix not in (".png", ".pdf", ".svg"):
             raise ConfigError(f"output={output!r}: allowed are names that end in .png, .pdf or .svg")
         from .pictures import draw_pairs

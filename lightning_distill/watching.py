@@ -58,13 +58,13 @@ def record(
     Raises:
         ConfigError: an argument cannot work, or the environment cannot be drawn on this machine.
     """
-    if path is not None and path.suffix not in (".mp4", ".gif"):
+    if path is not None and path.suffix.lower() not in (".mp4", ".gif"):
         raise ConfigError(f"output={str(path)!r}: allowed are names that end in .mp4 or .gif")
     if steps < 1:
         raise ConfigError(f"steps={steps}: allowed are integers ≥ 1")
     spec = played_in(dataset, env)
     check_matches(dataset, spec)
-    if path is not None and path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+    if path is not None and path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         path = path.with_suffix(".gif")
         if path.exists():  # not what was to be replaced
             raise ConfigError(
@@ -102,7 +102,7 @@ def record(
             if path is None:
                 deque(frames(), maxlen=0)  # the window shows them
             else:
-                write = _write_gif if path.suffix == ".gif" else _write_mp4
+                write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
                 write(path, frames(), made.metadata.get("render_fps", 30))
     finally:
         made.close()

@@ -225,7 +225,7 @@ def test_watch_records_an_episode(path, capsys):
         assert video.info["duration"] == 40
     main(["watch", path, "-o", "two.gif", "--seed", "2", "--greedy", "--steps", "4", "--family", "depth_1", "--json"])
     assert read_json(capsys)["steps"] == 4
-    main(["watch", path, "-o", "three.gif", "--json"])
+    main(["watch", path, "-o", "three.GIF", "--json"])
     again = read_json(capsys)
     assert again["steps"] == told["steps"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 import threading
 from functools import partial
@@ -606,6 +607,19 @@ def test_a_compiled_module_is_taught_as_what_was_compiled(step_rule):
 def test_a_module_without_a_gradient_is_refused():
     with pytest.raises(ValueError, match=r"outputs that depend on no trainable parameter"):
         teach(Detached(), make_dataset())
+
+
+def test_what_is_no_module_is_named_in_a_stack():
+    for given in ([nn.Linear(17, 6), 3], lambda shape, outputs: None):
+        with pytest.raises(ValueError, match=r"module: is a (int|NoneType), expected an nn.Module"):
+            teach_many(given, make_dataset(), **({} if isinstance(given, list) else {"learners": 2}))
+
+
+@pytest.mark.parametrize("options", [{"width": 2.5}, {"depth": "2"}, {"gain": math.nan}, {"output_gain": math.inf}])
+def test_numbers_that_no_mlp_has_are_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"MLP\.{name}=.*: allowed are"):
+        MLP(**options)
 
 
 def test_stacks_that_do_not_fit():
