@@ -325,7 +325,7 @@ class Noiseless(Expert):
         (partial(Noiseless, log_std=torch.zeros(2)), "Pendulum-v1", r"its log_std has shape \[2\]; .*needs \[1\]"),
         (partial(Noiseless, mean=torch.zeros(4)), "CartPole-v1", r"its std is None; allowed are tensors"),
         (Balance, "Pendulum-v1", r"model\.expert='test_imitation\.Balance': ValueError: not enough values"),
-        (MLP, "CartPole-v1", "TypeError"),
+        (MLP, "CartPole-v1", r"ValueError: MLP\.width=EnvSpec.*: allowed are integers"),
         (
             lambda spec: "cartpole_1d",
             "CartPole-v1",
