@@ -22,6 +22,11 @@ def with_shipped_config(argument: str) -> str:
     return f"{option}{equals}{found}"
 
 
+def option_name(argument: str) -> str:
+    """Which option an argument of the command line gives, in its short form: ``model.family.width``."""
+    return argument.removeprefix("--").partition("=")[0].replace("init_args.", "")
+
+
 def check_seed(seed: int | bool | None) -> None:
     """Raise ``ConfigError`` for a seed that numpy does not take, and for True, which Lightning takes for 0."""
     if seed is True or (type(seed) is int and not 0 <= seed < 2**32):

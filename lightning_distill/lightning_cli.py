@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from .callbacks import Dashboard, ExportDataset, HeldOutLearners, RunReport
 from .checkpoints import OF_SPEED, AtomicCheckpointIO, RunCheckpoint, StopTogether, check_env, last_checkpoint
 from .class_paths import imported
-from .configs import check_seed, with_shipped_config
+from .configs import check_seed, option_name, with_shipped_config
 from .data import CollectorDataModule
 from .distillation import Distillation
 from .envs import ConfigError, EnvSpec
@@ -58,14 +58,14 @@ class DistillParser(LightningArgumentParser):
             self.validate(namespace)
         config = namespace.clone()
         loggers = config.get("trainer.logger")
-        for number, logger in enumerate(loggers if isinstance(loggers, list) else []):
+        for number, each in enumerate(loggers if isinstance(loggers, list) else []):
             # Dots lead from init_args up to trainer, and beyond it: absolute paths are rewritten where parts of a config are parsed.
             sources = {"save_dir": ("trainer.default_root_dir", "${....default_root_dir}")}
             if number == 0:
                 sources["name"] = ("data.env", "${.....data.env}")
             for option, (source, interpolation) in sources.items():
-                if (value := logger.get(f"init_args.{option}")) is not None and value == config.get(source):
-                    logger[f"init_args.{option}"] = interpolation
+                if (value := each.get(f"init_args.{option}")) is not None and value == config.get(source):
+                    each[f"init_args.{option}"] = interpolation
         return super().dump(config, *args, skip_validation=True, **kwargs)
 
     def format_help(self) -> str:
@@ -116,7 +116,7 @@ class DistillCLI(LightningCLI):
         if given and given[0] in self.subcommands():
             given.insert(1, f"--config={files('lightning_distill') / 'defaults.yaml'}")
         #: Names of what was typed, not read from a file.
-        self._typed = {argument.removeprefix("--").partition("=")[0].replace("init_args.", "") for argument in given}
+        self._typed = set(map(option_name, given))
         self.config = parser.parse_args(given)
         chosen = self.config[self.config.subcommand]
         check_seed(chosen.seed_everything)
@@ -283,14 +283,11 @@ class DistillCLI(LightningCLI):
 
 def _same(given: Any, saved: Any) -> bool:
     """Whether two values of an option are the same; a class may be named by another path."""
-    paths = [value for value in (given, saved) if isinstance(value, str) and "." in value]
-    return given == saved or (len(paths) == 2 and all(map(_is_class, paths)) and imported(given) is imported(saved))
-
-
-def _is_class(path: str) -> bool:
+    if given == saved or not (isinstance(given, str) and isinstance(saved, str)):
+        return given == saved
     try:
-        return isinstance(imported(path), type)
-    except (ImportError, AttributeError, ValueError):
+        return imported(given) is imported(saved)
+    except (ImportError, AttributeError, ValueError):  # at least one is no path
         return False
 
 

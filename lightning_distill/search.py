@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .configs import option_name
 from .dataset import DistilledDataset, load
 from .envs import ConfigError
 from .pipeline import config_of, finished_run
@@ -58,7 +59,7 @@ def smallest(
     if not Path(config).is_file():
         raise ConfigError(f"config={config!r}: no such file")
     arguments = [f"--config={config}", *options, f"--model.pairs={numbers[0]}"]
-    if "model.pairs" in {option.removeprefix("--").partition("=")[0].replace("init_args.", "") for option in options}:
+    if "model.pairs" in map(option_name, options):
         raise ConfigError("option model.pairs: allowed is --pairs, the numbers that are tried")
     if yaml.safe_load(config_of(arguments))["trainer"].get("limit_test_batches") == 0:
         raise ConfigError("trainer.limit_test_batches=0: allowed is to leave it out; what suffices is told by the test")

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .spec import ConfigError, EnvSpec, reason
@@ -321,7 +322,7 @@ def make_env(
 
     if backend not in get_args(Backend):
         raise ConfigError(f"backend={backend!r}: allowed are {', '.join(get_args(Backend))}")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is not None and (not isinstance(threads, Integral) or threads < 1):
         raise ConfigError(f"threads={threads!r}: allowed are integers ≥ 1")
     threads = threads or usable_cores()
     limits = [max_episode_steps, spec.time_limit if training else None]
